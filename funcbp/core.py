@@ -1,0 +1,404 @@
+"""The one mechanism: an op is a function with a hand-written reverse rule.
+
+`op(plain, fwd, bwd)` declares it once. What the declaration gives beyond `jax.custom_vjp`:
+
+- array arguments anywhere in the signature, pytrees, None, integers, booleans and PRNG keys;
+  settings are static;
+- every cotangent leaves in its primal's dtype, and with its primal's sharding;
+- the rule is legal inside `shard_map(check_vma=True)` and on meshes with Explicit axes;
+- `with autodiff():` runs `plain` instead, under JAX's own differentiation;
+- `with recorded() as calls:` lists the calls made.
+"""
+
+import contextlib
+import contextvars
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+from jax.sharding import NamedSharding, PartitionSpec
+
+from funcbp.case import Case
+
+__all__ = ["Call", "Case", "InputError", "Op", "autodiff", "op", "recorded"]
+
+_autodiff = jax.make_user_context(default_value=False)
+_calls: contextvars.ContextVar[list["Call"] | None] = contextvars.ContextVar("calls", default=None)
+
+
+class InputError(ValueError):
+    """Bad input: says what must hold, what came and what to do, with the layer's path in front."""
+
+    def __init__(self, reason: str, path: tuple[str, ...] = ()):
+        super().__init__(f"{'/'.join(path)}: {reason}" if path else reason)
+        self.reason, self.path = reason, path
+
+    def within(self, name: str) -> "InputError":
+        """The same error, seen from one level further out."""
+        return InputError(self.reason, (name, *self.path))
+
+
+class Call(NamedTuple):
+    """One call of an op: its array arguments by name and its static settings by name."""
+
+    op: "Op"
+    arrays: dict[str, Any]
+    static: dict[str, Any]
+
+
+def autodiff() -> contextlib.AbstractContextManager:
+    """Makes every op run `plain` under JAX's own autodiff while the context is open.
+
+    Gives forward mode (`jax.jvp`, `jax.jacfwd`) through any model, and answers "is it my rule?"
+    in one line. The switch is part of `jax.jit`'s cache key.
+
+    >>> with funcbp.autodiff():
+    ...     y, dy = jax.jvp(model, (x,), (dx,))
+    """
+    return _autodiff(True)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """Collects the calls of ops made while the context is open, in order.
+
+    Run the function eagerly inside it, and the calls hold concrete arrays; under `jax.eval_shape`
+    or `jit` they hold tracers, of which only shape and dtype may be used.
+    """
+    calls: list[Call] = []
+    token = _calls.set(calls)
+    try:
+        yield calls
+    finally:
+        _calls.reset(token)
+
+
+def op(
+    plain: Callable,
+    fwd: Callable,
+    bwd: Callable,
+    *,
+    like: Callable | None = None,
+    cases: Sequence[Case] = (),
+    arrays: Sequence[str] | None = None,
+    check: Callable | None = None,
+    name: str | None = None,
+) -> "Op":
+    """Declares an op: a function with a hand-written reverse rule.
+
+    Args:
+      plain: the shortest correct formula, in differentiable JAX: the yardstick. Its signature is
+        the op's.
+      fwd: same arguments; returns `(y, saved)`. It runs in training and in inference.
+      bwd: `bwd(saved, dy, **static)` returns a tuple of cotangents, one per array argument in
+        the order of the signature; None for an argument that is not differentiable.
+      like: the public function whose signature and values the op has.
+      cases: inputs for test, audit and bench.
+      arrays: names of the array arguments. By default: the parameters annotated with an array
+        type, and those without annotation that are not keyword-only.
+      check: same arguments; raises `InputError` on bad shapes before anything runs.
+      name: the op's name; by default that of `like`, else of `plain`'s module.
+
+    Returns:
+      An `Op`, called like `plain`.
+
+    Raises:
+      TypeError: `arrays` names a parameter that `plain` does not have.
+    """
+    return Op(plain, fwd, bwd, like=like, cases=cases, arrays=arrays, check=check, name=name)
+
+
+class Op:
+    """A function with a hand-written reverse rule; see `op`."""
+
+    def __init__(
+        self,
+        plain: Callable,
+        fwd: Callable,
+        bwd: Callable,
+        *,
+        like: Callable | None,
+        cases: Sequence[Case],
+        arrays: Sequence[str] | None,
+        check: Callable | None,
+        name: str | None,
+    ):
+        self.plain, self.fwd, self.bwd, self.like, self.check = plain, fwd, bwd, like, check
+        self.cases = tuple(cases)
+        self.name = name or (like.__name__ if like else plain.__module__.rpartition(".")[2])
+        self.__name__ = self.__qualname__ = self.name
+        self.__doc__ = plain.__doc__
+        self.__module__ = plain.__module__
+        self.__signature__ = signature = inspect.signature(plain)
+        hints = typing.get_type_hints(plain)
+        self.arrays = _array_names(signature, hints) if arrays is None else tuple(arrays)
+        unknown = set(self.arrays) - set(signature.parameters)
+        if unknown:
+            raise TypeError(f"op {self.name}: arrays= names {sorted(unknown)}, not parameters of plain")
+        self.static = tuple(n for n in signature.parameters if n not in self.arrays)
+        self._positional = tuple(
+            n for n, p in signature.parameters.items() if p.kind is p.POSITIONAL_ONLY
+        )
+        self._floating = tuple(n for n in self.arrays if _is_floating(hints.get(n)))
+        self._rule = functools.lru_cache(maxsize=4096)(self._build)
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}{self.__signature__}>"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.__signature__.bind(*args, **kwargs)
+        bound.apply_defaults()
+        values = bound.arguments
+        arrays = tuple(_as_arrays(values[n]) for n in self.arrays)
+        for n in self._floating:
+            _require_floating(self.name, n, values[n])
+        static = {n: values[n] for n in self.static}
+        if self.check is not None:
+            self._apply(self.check, arrays, static)
+        calls = _calls.get()
+        if calls is not None:
+            calls.append(Call(self, dict(zip(self.arrays, arrays, strict=True)), static))
+        if _autodiff.value:
+            return self._apply(self.plain, arrays, static)
+        # The type is part of the key: 1, 1.0 and True are equal but are different settings.
+        key = tuple((n, type(v), v) for n, v in static.items())
+        try:
+            rule = self._rule(key)
+        except TypeError as error:
+            raise self._unhashable(static) or error from None
+        return rule(*arrays)
+
+    def rule(self, **static: Any) -> jax.custom_vjp:
+        """The `jax.custom_vjp` of the array arguments alone, for the given settings."""
+        defaults = {n: self.__signature__.parameters[n].default for n in self.static}
+        merged = defaults | static
+        return self._rule(tuple((n, type(merged[n]), merged[n]) for n in self.static))
+
+    def _unhashable(self, static: dict[str, Any]) -> Exception | None:
+        for n, v in static.items():
+            try:
+                hash(v)
+            except TypeError:
+                return InputError(
+                    f"{self.name}: the setting {n} must be hashable, got {type(v).__name__} {v!r}; "
+                    f"pass a tuple for a list, and arrays only as {', '.join(self.arrays)}"
+                )
+        return None
+
+    def _apply(self, f: Callable, arrays: Sequence[Any], static: dict[str, Any]) -> Any:
+        """Calls `f`, which has `plain`'s signature."""
+        values = dict(zip(self.arrays, arrays, strict=True)) | static
+        return f(*(values.pop(n) for n in self._positional), **values)
+
+    def _build(self, key: tuple) -> jax.custom_vjp:
+        static = {n: v for n, _, v in key}
+
+        def primal(*arrays):
+            return self._forward(arrays, static)[0]
+
+        def forward(*arrays):
+            y, saved = self._forward(arrays, static)
+            return y, _Residuals(saved, tuple(map(_Primal.of, arrays)))
+
+        def backward(residuals, dy):
+            return self._backward(residuals, dy, static)
+
+        for function in (primal, forward, backward):
+            function.__name__ = f"{self.name}_{function.__name__}"
+            function.__qualname__ = function.__name__
+            function.__module__ = self.__module__
+        primal.__name__ = primal.__qualname__ = self.name
+        backward.op = self  # lets the auditor and the ledger name the rule they meet
+        rule = jax.custom_vjp(primal)
+        rule.defvjp(forward, backward)
+        return rule
+
+    def _forward(self, arrays: tuple, static: dict[str, Any]) -> tuple[Any, Any]:
+        if not _on_explicit_mesh(arrays):
+            return self._apply(self.fwd, arrays, static)
+        # On Explicit axes a rule's own contractions would need output shardings, which its author
+        # cannot know. So it runs with Auto axes, and the result gets the sharding of plain's.
+        fwd = functools.partial(self._apply, self.fwd, static=static)
+        y = jax.eval_shape(functools.partial(self._apply, self.plain, static=static), arrays)
+        bare = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
+        saved = jax.eval_shape(fwd, bare)[1]
+        known = [jax.typeof(a) for a in jax.tree.leaves(arrays)] + jax.tree.leaves(y)
+        shardings = (
+            jax.tree.map(lambda a: a.sharding, y),
+            jax.tree.map(lambda a: _sharding_like(a.shape, known), saved),
+        )
+        return jax.sharding.auto_axes(fwd, out_sharding=shardings)(arrays)
+
+    def _backward(self, residuals: "_Residuals", dy: Any, static: dict[str, Any]) -> tuple:
+        primals = residuals.primals
+
+        def leaves(saved, dy):
+            dargs = self.bwd(saved, dy, **static)
+            if not isinstance(dargs, tuple) or len(dargs) != len(self.arrays):
+                got = f"a tuple of {len(dargs)}" if isinstance(dargs, tuple) else type(dargs).__name__
+                raise TypeError(
+                    f"bwd of {self.name} must return a tuple of {len(self.arrays)} cotangents, one "
+                    f"for each of {', '.join(self.arrays)}; got {got}"
+                )
+            return [
+                leaf
+                for n, p, d in zip(self.arrays, primals, dargs, strict=True)
+                for leaf in p.cotangents(d, f"bwd of {self.name}: cotangent of {n}")
+            ]
+
+        avals = [a for p in primals for a in p.floating()]
+        if any(a.sharding.mesh.explicit_axes for a in avals):
+            shardings = [a.sharding for a in avals]
+            flat = jax.sharding.auto_axes(leaves, out_sharding=shardings)(residuals.saved, dy)
+        else:
+            flat = leaves(residuals.saved, dy)
+        rest = iter(flat)
+        return tuple(p.rebuilt(rest) for p in primals)
+
+
+@jax.tree_util.register_pytree_node_class
+class _Residuals:
+    """What the rule saved, and the static types of its primals."""
+
+    def __init__(self, saved: Any, primals: tuple["_Primal", ...]):
+        self.saved, self.primals = saved, primals
+
+    def tree_flatten(self):
+        return (self.saved,), self.primals
+
+    @classmethod
+    def tree_unflatten(cls, primals, children):
+        return cls(children[0], primals)
+
+
+class _Primal(NamedTuple):
+    """The type of one argument: its tree, and for each leaf the aval that a cotangent must fit."""
+
+    tree: Any
+    avals: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, argument: Any) -> "_Primal":
+        leaves, tree = jax.tree.flatten(argument)
+        return cls(tree, tuple(jax.typeof(leaf) for leaf in leaves))
+
+    def floating(self) -> list[Any]:
+        return [a for a in self.avals if jnp.issubdtype(a.dtype, jnp.inexact)]
+
+    def cotangents(self, argument: Any, what: str) -> list[jax.Array]:
+        """The cotangents of the floating leaves, each in its primal's type."""
+        if argument is None:
+            leaves = [None] * len(self.avals)
+        else:
+            leaves = _flatten_up_to(self.tree, argument, what)
+        return [
+            _fit(leaf, aval, what)
+            for leaf, aval in zip(leaves, self.avals, strict=True)
+            if jnp.issubdtype(aval.dtype, jnp.inexact)
+        ]
+
+    def rebuilt(self, rest: Iterator[jax.Array]) -> Any:
+        leaves = [
+            next(rest) if jnp.issubdtype(a.dtype, jnp.inexact) else None for a in self.avals
+        ]
+        return jax.tree.unflatten(self.tree, leaves)
+
+
+def _flatten_up_to(tree: Any, argument: Any, what: str) -> list[Any]:
+    try:
+        return tree.flatten_up_to(argument)
+    except ValueError as error:
+        raise TypeError(f"{what} must have its primal's tree {tree}; {error}") from None
+
+
+def _fit(cotangent: Any, aval: Any, what: str) -> jax.Array:
+    """The cotangent in its primal's dtype, varying over the mesh axes its primal varies over."""
+    if cotangent is None:
+        cotangent = jnp.zeros(aval.shape, aval.dtype)
+    cotangent = jnp.asarray(cotangent)
+    if cotangent.shape != aval.shape:
+        raise TypeError(f"{what} must have its primal's shape {aval.shape}, got {cotangent.shape}")
+    cotangent = cotangent.astype(aval.dtype)
+    varies, primal = _varying(jax.typeof(cotangent)), _varying(aval)
+    # A primal that is the same on every device of an axis was broadcast to them: its cotangent is
+    # the sum over that axis, which plain JAX code gets by transposing the broadcast.
+    if varies - primal:
+        cotangent = jax.lax.psum(cotangent, tuple(sorted(varies - primal)))
+    if primal - varies:
+        cotangent = jax.lax.pcast(cotangent, tuple(sorted(primal - varies)), to="varying")
+    return cotangent
+
+
+def _varying(aval: Any) -> frozenset:
+    return aval.manual_axis_type.varying
+
+
+def _on_explicit_mesh(arrays: Any) -> bool:
+    return any(jax.typeof(a).sharding.mesh.explicit_axes for a in jax.tree.leaves(arrays))
+
+
+def _sharding_like(shape: tuple[int, ...], known: Sequence[Any]) -> NamedSharding:
+    """A sharding for a residual: that of the known array which shares most leading axes with it.
+
+    Any choice is correct; this one keeps row statistics on the device that has their rows.
+    """
+
+    def shared(aval):
+        return next((i for i, (m, n) in enumerate(zip(shape, aval.shape)) if m != n),
+                    min(len(shape), len(aval.shape)))  # fmt: skip
+
+    best = max(known, key=shared)
+    spec = tuple(best.sharding.spec)[: shared(best)]
+    return NamedSharding(best.sharding.mesh, PartitionSpec(*spec))
+
+
+def _as_arrays(argument: Any) -> Any:
+    if argument is None or isinstance(argument, jax.Array):
+        return argument
+    return jax.tree.map(jnp.asarray, argument)
+
+
+def _require_floating(name: str, parameter: str, value: Any) -> None:
+    if value is None or isinstance(value, float):
+        return
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        dtype = jnp.result_type(value)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(
+            f"{name}: {parameter} must be a floating point array, got {dtype}"
+            f"{list(jnp.shape(value))}; convert it first, as in x.astype(jnp.float32)"
+        )
+
+
+def _array_names(signature: inspect.Signature, hints: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(
+        n
+        for n, p in signature.parameters.items()
+        if (_is_array(hints[n]) if n in hints else p.kind is not p.KEYWORD_ONLY)
+    )
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) or (hint,)
+
+
+def _is_array(hint: Any) -> bool:
+    return any(
+        isinstance(m, type)
+        and (issubclass(m, (jax.Array, jaxtyping.AbstractArray)) or m is jaxtyping.PyTree)
+        for m in _members(hint)
+    )
+
+
+def _is_floating(hint: Any) -> bool:
+    floating = set(jaxtyping.Float.dtypes)
+    return any(
+        isinstance(m, type) and issubclass(m, jaxtyping.AbstractArray) and set(m.dtypes) <= floating
+        for m in _members(hint)
+    )
