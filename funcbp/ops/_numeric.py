@@ -1,0 +1,53 @@
+"""Numerics that several rules share."""
+
+import math
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def wide(x: Array) -> Array:
+    """x in float32, or in its own dtype where that is wider: what rules compute in."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def rows(x: Array) -> Array:
+    """x with all axes but the last merged: [..., n] -> [rows, n]."""
+    # reshape(-1, n) cannot tell the number of rows when n is 0.
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def shifted(x: Array, axis, where: Array | None) -> tuple[Array, Array]:
+    """`(z, m)` with z = x - m, m the largest unmasked entry along `axis` (0 if none is finite)."""
+    if where is not None:
+        x = jnp.where(where, x, -jnp.inf)
+    m = jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf)
+    m = jnp.where(jnp.isfinite(m), m, 0)
+    return x - m, m
+
+
+def log_sum_exp_shifted(z: Array, axis) -> Array:
+    """log(sum(exp(z))) along `axis`, kept, for entries z <= 0 whose largest is 0.
+
+    The largest entry adds exactly 1, so the sum of the others goes through log1p: near a
+    one-hot row log(1 + rest) keeps its digits where log(sum) rounds to 0.
+    """
+    top = z == 0
+    others = jnp.sum(jnp.where(top, 0, jnp.exp(z)), axis=axis, keepdims=True)
+    ties = jnp.sum(top, axis=axis, keepdims=True, dtype=z.dtype)
+    return jnp.log1p(others + (ties - 1))
+
+
+def near_root(x: Array, root: float, series: tuple[float, ...], else_: Array) -> Array:
+    """`else_`, but within 1/4 of a root of the function its Taylor series there.
+
+    The terms of a derivative cancel where it crosses zero, and their rounding errors remain. The
+    series is in x - root, which is exact near a `root` that float32 represents; its first
+    coefficient is what the function is at that float32, not quite 0.
+    """
+    d = x - root
+    total = jnp.zeros_like(x)
+    for c in reversed(series):
+        total = total * d + c
+    # The first term left out is below 1e-7 of the value within this window.
+    return jnp.where(jnp.abs(d) < 0.25, total, else_)

@@ -1,0 +1,115 @@
+"""Softmax and its logarithm along an axis.
+
+    y_i = exp(x_i) / sum_k exp(x_k)          l_i = log y_i = x_i - log sum_k exp(x_k)
+
+Backward. dy_i/dx_j = y_i ([i = j] - y_j) and dl_i/dx_j = [i = j] - y_j, so
+    softmax:      dx_j = y_j (dy_j - sum_i dy_i y_i)
+    log_softmax:  dx_j = dl_j - y_j sum_i dl_i
+
+Saves: softmax its output y; log_softmax x, an argument, and two numbers a row.
+Edge:  a masked entry (`where` false) gives y = 0, l = -inf, dx = 0; a row of masked entries alone
+       gives just these. An entry -inf gives y = 0 and dx = 0. An entry +inf gives nan, as in JAX.
+Dtype: computes in float32 or wider, returns x's dtype.
+Ref:   Bridle, 1990, equations 4 to 6.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from funcbp.case import Case, booleans, normal, values
+from funcbp.core import op
+from funcbp.ops._numeric import log_sum_exp_shifted, shifted, wide
+
+Axis = int | tuple[int, ...] | None
+MASK = [[True, True, False], [False, False, False], [True, False, False]]
+CASES = (
+    Case("odd", (3, 5)),
+    Case("ties and tails", values([[1.0, 1.0, -90.0, -float("inf")], [0.0, -0.0, 30.0, 30.0]])),
+    Case("one-hot row", values([[0.0, 40.0, 3.0], [0.0, 17.0, 0.0]])),
+    Case("leading axis", (4, 3, 2), axis=0),
+    Case("two axes, large", normal(3, 2, 4, std=30.0, mean=1e4), axis=(0, -1), dtypes=("float32",)),
+    Case("masked", (3, 3), where=values(MASK)),
+    Case("broadcast mask", (4, 2, 3), where=booleans(2, 3)),
+    Case("single", (1,)),
+    Case("empty batch", (0, 4)),
+    Case("logits", (4096, 1024), bench=True),
+)
+
+
+def plain(
+    x: Float[Array, "..."], axis: Axis = -1, where: Bool[Array, "..."] | None = None
+) -> Float[Array, "..."]:
+    """exp(x) / sum(exp(x)) along `axis`.
+
+    Args:
+      x: any shape.
+      axis: the axis or axes that are normalised together; None for all.
+      where: broadcastable to x; entries where it is false are left out and give 0.
+
+    Returns:
+      The shape and dtype of x; sums to 1 along `axis`, or is 0 where everything is masked.
+    """
+    # Rows that are masked whole would be 0 / 0.
+    total = jnp.sum(e := _exp_shifted(x, axis, where), axis=axis, keepdims=True)
+    return e / jnp.where(total > 0, total, 1)
+
+
+def _exp_shifted(x, axis, where):
+    m = jax.lax.stop_gradient(shifted(x, axis, where)[1])
+    if where is None:
+        return jnp.exp(x - m)
+    return jnp.where(where, jnp.exp(jnp.where(where, x - m, 0)), 0)
+
+
+def fwd(x, axis, where):
+    z, _ = shifted(wide(x), axis, where)
+    e = jnp.exp(z)
+    total = jnp.sum(e, axis=axis, keepdims=True)
+    y = (e / jnp.where(total == 0, 1, total)).astype(x.dtype)
+    return y, y
+
+
+def bwd(y, dy, *, axis):
+    y, dy = wide(y), wide(dy)
+    return y * (dy - jnp.sum(dy * y, axis=axis, keepdims=True)), None
+
+
+def log_plain(
+    x: Float[Array, "..."], axis: Axis = -1, where: Bool[Array, "..."] | None = None
+) -> Float[Array, "..."]:
+    """x - log(sum(exp(x))) along `axis`.
+
+    Args:
+      x: any shape.
+      axis: the axis or axes that are normalised together; None for all.
+      where: broadcastable to x; entries where it is false are left out and give -inf.
+
+    Returns:
+      The shape and dtype of x.
+    """
+    m = jax.lax.stop_gradient(shifted(x, axis, where)[1])
+    total = jnp.sum(_exp_shifted(x, axis, where), axis=axis, keepdims=True)
+    y = x - m - jnp.log(jnp.where(total > 0, total, 1))
+    return y if where is None else jnp.where(where, y, -jnp.inf)
+
+
+def log_fwd(x, axis, where):
+    z, m = shifted(wide(x), axis, where)
+    log_sum = log_sum_exp_shifted(z, axis)
+    y = z - jnp.where(jnp.isfinite(log_sum), log_sum, 0)
+    # z - log_sum, not x - (m + log_sum): the small logarithm would drown in a large m.
+    return y.astype(x.dtype), (x, m, log_sum, where)
+
+
+def log_bwd(saved, dy, *, axis):
+    x, m, log_sum, where = saved
+    y, dy = jnp.exp(wide(x) - m - log_sum), wide(dy)
+    if where is None:
+        return dy - y * jnp.sum(dy, axis=axis, keepdims=True), None
+    dy = jnp.where(where, dy, 0)
+    return dy - jnp.where(where, y, 0) * jnp.sum(dy, axis=axis, keepdims=True), None
+
+
+softmax = op(plain, fwd, bwd, like=jax.nn.softmax, cases=CASES)
+log_softmax = op(log_plain, log_fwd, log_bwd, like=jax.nn.log_softmax, cases=CASES)

@@ -1,0 +1,135 @@
+"""Softmax cross-entropy between logits and integer labels.
+
+    loss = log sum_k exp(x_k) - x_c        c the label
+
+Backward. The first term's derivative is the softmax p, so
+    dx_j = dloss (p_j - [j = c])
+
+At the label p_c - 1 = expm1(log p_c), which keeps the digits that the difference loses once the
+model is sure of the right class (p_c rounds to 1 at a margin of 17 in float32).
+
+Saves: x and the labels, arguments, and two numbers a row: the largest logit and the log of the sum.
+Edge:  labels from -n to n - 1 index as in NumPy; any other gives loss nan and dx = dloss p. A row
+       that is masked whole (`where`) gives loss 0 and dx = 0; masked entries are left out of the
+       sum, and of the gradient unless they are the label's.
+Dtype: computes in float32 or wider, returns the logits' dtype.
+Ref:   Bridle, 1990; optax.losses.softmax_cross_entropy_with_integer_labels.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from funcbp.case import Case, booleans, integers, values
+from funcbp.core import InputError, op
+from funcbp.ops._numeric import log_sum_exp_shifted, shifted, wide
+
+
+def plain(
+    logits: Float[Array, "..."],
+    labels: Int[Array, "..."],
+    axis: int | tuple[int, ...] = -1,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "..."]:
+    """log(sum(exp(logits))) - logits[label], along `axis`.
+
+    Args:
+      logits: unnormalised log probabilities, the classes along `axis`.
+      labels: the shape of logits without `axis`; a class, or with several axes a flat index.
+      axis: the axis or axes of the classes.
+      where: entries to include, in the shape of logits or of labels.
+
+    Returns:
+      The loss, in nats, in the shape of labels and the dtype of logits.
+
+    Raises:
+      InputError: the shapes do not fit.
+    """
+    where = _expanded(where, logits, axis)
+    hit, valid = _label(logits.shape, labels, axis)
+    m = jax.lax.stop_gradient(shifted(logits, axis, where)[1])
+    z = logits - m
+    e = jnp.exp(z) if where is None else jnp.where(where, jnp.exp(jnp.where(where, z, 0)), 0)
+    total = jnp.sum(e, axis=axis)
+    loss = jnp.log(jnp.where(total > 0, total, 1)) - jnp.sum(jnp.where(hit, z, 0), axis=axis)
+    loss = jnp.where(valid, loss, jnp.nan)
+    return loss if where is None else jnp.where(jnp.any(where, axis), loss, 0)
+
+
+def check(logits, labels, axis, where):
+    """Raises if the labels' shape is not that of the logits without `axis`."""
+    gone = _axes(axis, logits.ndim)
+    expected = tuple(n for i, n in enumerate(logits.shape) if i not in gone)
+    if labels.shape != expected:
+        raise InputError(f"labels must have the shape of logits {logits.shape} without axis {axis}, "
+                         f"{expected}, got {labels.shape}; one-hot labels want argmax first")  # fmt: skip
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise InputError(f"labels must be integers, got {labels.dtype}; convert them with "
+                         "labels.astype(jnp.int32)")  # fmt: skip
+
+
+def _axes(axis, ndim):
+    return tuple(a % ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
+
+
+def _expanded(where, logits, axis):
+    if where is None or where.ndim == logits.ndim:
+        return where
+    return jnp.expand_dims(where, axis)
+
+
+def _label(shape, labels, axis):
+    """`(hit, valid)`: which entry of the logits is the label's, and which labels are in range."""
+    axes = _axes(axis, len(shape))
+    classes = math.prod(shape[a] for a in axes)
+    index = jnp.zeros((1,) * len(shape), jnp.int32)
+    for a in axes:  # the flat index: later axes of `axis` run faster
+        steps = jax.lax.broadcasted_iota(jnp.int32, tuple(n if i == a else 1 for i, n in
+                                         enumerate(shape)), a)  # fmt: skip
+        index = index * shape[a] + steps
+    wrapped = jnp.where(labels < 0, labels + classes, labels)
+    return jnp.expand_dims(wrapped, axes) == index, (wrapped >= 0) & (wrapped < classes)
+
+
+def fwd(logits, labels, axis, where):
+    where = _expanded(where, logits, axis)
+    z, m = shifted(wide(logits), axis, where)
+    log_sum = log_sum_exp_shifted(z, axis)
+    hit, valid = _label(logits.shape, labels, axis)
+    # A masked label still counts, as in optax: so its logit is taken before the mask.
+    at_label = jnp.sum(jnp.where(hit, wide(logits) - m, 0), axis=axis)
+    loss = jnp.where(valid, jnp.squeeze(log_sum, axis) - at_label, jnp.nan)
+    if where is not None:
+        loss = jnp.where(jnp.any(where, axis), loss, 0)
+    return loss.astype(logits.dtype), (logits, labels, where, m, log_sum)
+
+
+def bwd(saved, dloss, *, axis):
+    logits, labels, where, m, log_sum = saved
+    hit, _ = _label(logits.shape, labels, axis)
+    log_p = wide(logits) - m - log_sum
+    slope = jnp.where(hit, jnp.expm1(log_p), jnp.exp(log_p))
+    if where is not None:
+        some = jnp.any(where, axis, keepdims=True)
+        slope = jnp.where(where, slope, jnp.where(hit & some, -1, 0))
+    return jnp.expand_dims(wide(dloss), axis) * slope, None, None
+
+
+softmax_cross_entropy_with_integer_labels = op(
+    plain, fwd, bwd, check=check,
+    like=optax.losses.softmax_cross_entropy_with_integer_labels,
+    cases=(
+        Case("odd", (3, 5), integers(3, high=5)),
+        Case("sure", values([[0.0, 17.0, 3.0], [40.0, 0.0, 1.0]]), values([1, 0])),
+        Case("negative labels", (4, 3), values([-1, -3, 0, 2])),
+        Case("leading axis", (5, 4), integers(4, high=5), axis=0),
+        Case("two axes", (2, 3, 4), integers(2, high=12), axis=(1, 2)),
+        Case("masked rows", (4, 3), integers(4, high=3), where=values([True, False, True, True])),
+        Case("masked entries", (6, 5), integers(6, high=5), where=booleans(6, 5, p=0.7)),
+        Case("empty batch", (0, 3), integers(0, high=3)),
+        Case("vocabulary", (1024, 8192), integers(1024, high=8192), bench=True),
+    ),
+)  # fmt: skip
