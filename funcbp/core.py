@@ -193,7 +193,8 @@ class Op:
     def _apply(self, f: Callable, arrays: Sequence[Any], static: dict[str, Any]) -> Any:
         """Calls `f`, which has `plain`'s signature."""
         values = dict(zip(self.arrays, arrays, strict=True)) | static
-        return f(*(values.pop(n) for n in self._positional), **values)
+        positional = [values.pop(n) for n in self._positional]
+        return f(*positional, **values)
 
     def _build(self, key: tuple) -> jax.custom_vjp:
         static = {n: v for n, _, v in key}

@@ -27,6 +27,7 @@ X = Float[Array, "..."]
 # v = V1 x + V3 x^3 is the argument of the approximate gelu's sigmoid.
 V1 = 2 * math.sqrt(2 / math.pi)
 V3 = 0.044715 * V1
+V1_HIGH, V3_HIGH = 1.595703125, 0.07135009765625  # their first 12 bits
 # The normal density at 0.
 DENSITY = math.sqrt(0.5 / math.pi)
 
@@ -167,20 +168,19 @@ def _silu(x: X) -> X:
 
 
 def _silu_slope(x):
-    slope = _gated_slope(x, x)
+    slope = _gated_slope(x, jnp.exp(-0.5 * jnp.abs(x)), x)
     return near_root(x, SILU_ROOT, SILU_SERIES, slope)
 
 
-def _gated_slope(v, xdv):
-    """s + x ds/dx for s = sigmoid(v), given x dv/dx: s (1 + x v' (1 - s)).
+def _gated_slope(x, half, xdv):
+    """s + x ds/dx for s = sigmoid(v), v of x's sign: s (1 + x v' (1 - s)).
 
-    Below v = -87 s is no normal number while the slope, larger by x v', still is: so half of the
-    exponent is multiplied in before that factor and half after it.
+    Takes half = exp(-|v| / 2): below v = -87 s is no normal number while the slope, larger by
+    x v', still is, so one half goes in before that factor and one after.
     """
-    half = jnp.exp(-0.5 * jnp.abs(v))
     e = jnp.square(half)
-    factor = (1 + xdv * jnp.where(v < 0, 1, e) / (1 + e)) / (1 + e)
-    return jnp.where(v < 0, half * (half * factor), factor)
+    factor = (1 + xdv * jnp.where(x < 0, 1, e) / (1 + e)) / (1 + e)
+    return jnp.where(x < 0, half * (half * factor), factor)
 
 
 silu = pointwise(_silu, _silu_slope, like=jax.nn.silu)
@@ -204,7 +204,7 @@ def _gelu(x: X, approximate: bool = True) -> X:
 def _gelu_slope(x, approximate=True):
     x = _clipped(x)
     if approximate:
-        slope = _gated_slope(_gelu_argument(x), x * (V1 + 3 * V3 * jnp.square(x)))
+        slope = _gated_slope(x, _gelu_half(x), x * (V1 + 3 * V3 * jnp.square(x)))
         return near_root(x, GELU_TANH_ROOT, GELU_TANH_SERIES, slope)
     half = jnp.exp(-0.25 * jnp.square(x))
     slope = 0.5 * jax.lax.erfc(-x * math.sqrt(0.5)) + half * (half * x * DENSITY)
@@ -217,6 +217,30 @@ def _gelu_slope(x, approximate=True):
 
 def _gelu_argument(x):
     return x * (V1 + V3 * jnp.square(x))
+
+
+def _gelu_half(x):
+    """exp(-|v| / 2) to full precision: at |v| = 88 a rounding error in v counts 88 times.
+
+    So v is a product of short numbers, which is exact, and a small rest.
+    """
+    x = -jnp.abs(x)
+    x_high = _short(x)
+    square = jnp.square(x_high)  # exact; the rest of x^2 is (x - x_high) (x + x_high)
+    square_high = _short(square)
+    square_rest = (square - square_high) + (x - x_high) * (x + x_high)
+    cubic = V3_HIGH * square_high  # exact
+    inner = V1_HIGH + cubic
+    inner_rest = (V1_HIGH - (inner - cubic)) + (V1 - V1_HIGH)
+    inner_rest += V3_HIGH * square_rest + (V3 - V3_HIGH) * (square_high + square_rest)
+    inner_high = _short(inner)
+    rest = (x - x_high) * inner + x_high * ((inner - inner_high) + inner_rest)
+    return jnp.exp(0.5 * x_high * inner_high) * jnp.exp(0.5 * rest)
+
+
+def _short(x):
+    """x with 12 significant bits: the product of two such numbers is exact in float32."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=11)
 
 
 def _clipped(x):
