@@ -135,10 +135,10 @@ def _tanh_slope(x):
 
 
 def _tanh_plain(x: X, /) -> X:
-    """Hyperbolic tangent, by expm1(-2|x|): 1 - tanh^2 would round to 0 in the tails."""
-    e = jnp.expm1(-2 * _magnitude(x))
-    t = -e / (e + 2)
-    return jnp.where(x < 0, -t, t)
+    """Hyperbolic tangent; by e^-2|x| beyond 1, where 1 - tanh^2 would lose its digits."""
+    t = jnp.exp(-2 * _magnitude(x))
+    far = (1 - t) / (1 + t)
+    return jnp.where(jnp.abs(x) < 1, jnp.tanh(x), jnp.where(x < 0, -far, far))
 
 
 tanh = pointwise(_tanh, _tanh_slope, _tanh_plain, like=jnp.tanh)

@@ -72,6 +72,10 @@ def fwd(x, axis, where):
 
 def bwd(y, dy, *, axis):
     y, dy = wide(y), wide(dy)
+    # Any constant may be taken off dy. Taking off that of the largest y leaves a difference of
+    # small numbers where y is near 1; dy - sum(dy y) would leave rounding errors.
+    top = y == jnp.max(y, axis=axis, keepdims=True, initial=0)
+    dy -= jnp.max(jnp.where(top, dy, -jnp.inf), axis=axis, keepdims=True, initial=-jnp.inf)
     return y * (dy - jnp.sum(dy * y, axis=axis, keepdims=True)), None
 
 
@@ -88,9 +92,13 @@ def log_plain(
     Returns:
       The shape and dtype of x.
     """
-    m = jax.lax.stop_gradient(shifted(x, axis, where)[1])
-    total = jnp.sum(_exp_shifted(x, axis, where), axis=axis, keepdims=True)
-    y = x - m - jnp.log(jnp.where(total > 0, total, 1))
+    z = x - jax.lax.stop_gradient(shifted(x, axis, where)[1])
+    z = z if where is None else jnp.where(where, z, -jnp.inf)
+    # The largest entries, z = 0, add expm1(0) = 0, and one of them the 1 in log1p.
+    top = z == 0
+    others = jnp.where(top, jnp.expm1(jnp.where(top, z, 0)), jnp.exp(jnp.where(top, 0, z)))
+    ties = jnp.maximum(jnp.sum(top, axis=axis, keepdims=True), 1)
+    y = z - jnp.log1p(jnp.sum(others, axis=axis, keepdims=True) + (ties - 1))
     return y if where is None else jnp.where(where, y, -jnp.inf)
 
 
@@ -104,7 +112,8 @@ def log_fwd(x, axis, where):
 
 def log_bwd(saved, dy, *, axis):
     x, m, log_sum, where = saved
-    y, dy = jnp.exp(wide(x) - m - log_sum), wide(dy)
+    # Not exp(x - m - log_sum): a rounding error in the exponent counts in full.
+    y, dy = jnp.exp(wide(x) - m) * jnp.exp(-log_sum), wide(dy)
     if where is None:
         return dy - y * jnp.sum(dy, axis=axis, keepdims=True), None
     dy = jnp.where(where, dy, 0)

@@ -50,13 +50,18 @@ def plain(
     """
     where = _expanded(where, logits, axis)
     hit, valid = _label(logits.shape, labels, axis)
-    m = jax.lax.stop_gradient(shifted(logits, axis, where)[1])
-    z = logits - m
-    e = jnp.exp(z) if where is None else jnp.where(where, jnp.exp(jnp.where(where, z, 0)), 0)
-    total = jnp.sum(e, axis=axis)
-    loss = jnp.log(jnp.where(total > 0, total, 1)) - jnp.sum(jnp.where(hit, z, 0), axis=axis)
-    loss = jnp.where(valid, loss, jnp.nan)
-    return loss if where is None else jnp.where(jnp.any(where, axis), loss, 0)
+    at_label = jnp.sum(jnp.where(hit, logits, 0), axis=axis)
+    others = ~hit if where is None else ~hit & where
+    # log(sum) = log(e^label + the others' sum): so a sure label keeps its digits.
+    m = jax.lax.stop_gradient(shifted(logits, axis, others)[1])
+    total = jnp.sum(jnp.where(others, jnp.exp(jnp.where(others, logits - m, 0)), 0), axis=axis)
+    margin = jnp.log(jnp.where(total > 0, total, 1)) + jnp.squeeze(m, axis) - at_label
+    margin = jnp.where(total > 0, margin, -jnp.inf)
+    loss = jnp.logaddexp(margin, 0)
+    if where is not None:
+        label_counts = jnp.any(hit & where, axis)
+        loss = jnp.where(jnp.any(where, axis), jnp.where(label_counts, loss, margin), 0)
+    return jnp.where(valid, loss, jnp.nan)
 
 
 def check(logits, labels, axis, where):
@@ -101,9 +106,10 @@ def fwd(logits, labels, axis, where):
     hit, valid = _label(logits.shape, labels, axis)
     # A masked label still counts, as in optax: so its logit is taken before the mask.
     at_label = jnp.sum(jnp.where(hit, wide(logits) - m, 0), axis=axis)
-    loss = jnp.where(valid, jnp.squeeze(log_sum, axis) - at_label, jnp.nan)
+    loss = jnp.squeeze(log_sum, axis) - at_label
     if where is not None:
         loss = jnp.where(jnp.any(where, axis), loss, 0)
+    loss = jnp.where(valid, loss, jnp.nan)
     return loss.astype(logits.dtype), (logits, labels, where, m, log_sum)
 
 
