@@ -26,16 +26,17 @@ def shifted(x: Array, axis, where: Array | None) -> tuple[Array, Array]:
     return x - m, m
 
 
-def log_sum_exp_shifted(z: Array, axis) -> Array:
-    """log(sum(exp(z))) along `axis`, kept, for entries z <= 0 whose largest is 0.
+def others(z: Array, axis) -> Array:
+    """sum(exp(z)) - 1 along `axis`, kept, for entries z <= 0 whose largest is 0.
 
-    The largest entry adds exactly 1, so the sum of the others goes through log1p: near a
-    one-hot row log(1 + rest) keeps its digits where log(sum) rounds to 0.
+    The largest entry adds exactly 1. Kept apart, the rest does not drown in it: log1p(rest) is the
+    logarithm of the sum, and rest / (1 + rest) is what the largest softmax lacks to 1. With no
+    unmasked entry (all z = -inf) it is 0.
     """
     top = z == 0
-    others = jnp.sum(jnp.where(top, 0, jnp.exp(z)), axis=axis, keepdims=True)
+    rest = jnp.sum(jnp.where(top, 0, jnp.exp(z)), axis=axis, keepdims=True)
     ties = jnp.sum(top, axis=axis, keepdims=True, dtype=z.dtype)
-    return jnp.log1p(others + (ties - 1))
+    return rest + jnp.maximum(ties - 1, 0)
 
 
 def near_root(x: Array, root: float, series: tuple[float, ...], else_: Array) -> Array:

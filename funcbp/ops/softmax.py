@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from funcbp.case import Case, booleans, normal, values
 from funcbp.core import op
-from funcbp.ops._numeric import log_sum_exp_shifted, shifted, wide
+from funcbp.ops._numeric import others, shifted, wide
 
 Axis = int | tuple[int, ...] | None
 MASK = [[True, True, False], [False, False, False], [True, False, False]]
@@ -96,28 +96,25 @@ def log_plain(
     z = z if where is None else jnp.where(where, z, -jnp.inf)
     # The largest entries, z = 0, add expm1(0) = 0, and one of them the 1 in log1p.
     top = z == 0
-    others = jnp.where(top, jnp.expm1(jnp.where(top, z, 0)), jnp.exp(jnp.where(top, 0, z)))
+    terms = jnp.where(top, jnp.expm1(jnp.where(top, z, 0)), jnp.exp(jnp.where(top, 0, z)))
     ties = jnp.maximum(jnp.sum(top, axis=axis, keepdims=True), 1)
-    y = z - jnp.log1p(jnp.sum(others, axis=axis, keepdims=True) + (ties - 1))
+    y = z - jnp.log1p(jnp.sum(terms, axis=axis, keepdims=True) + (ties - 1))
     return y if where is None else jnp.where(where, y, -jnp.inf)
 
 
 def log_fwd(x, axis, where):
     z, m = shifted(wide(x), axis, where)
-    log_sum = log_sum_exp_shifted(z, axis)
-    y = z - jnp.where(jnp.isfinite(log_sum), log_sum, 0)
-    # z - log_sum, not x - (m + log_sum): the small logarithm would drown in a large m.
-    return y.astype(x.dtype), (x, m, log_sum, where)
+    rest = others(z, axis)
+    # z - log(sum), not x - (m + log(sum)): the small logarithm would drown in a large m.
+    return (z - jnp.log1p(rest)).astype(x.dtype), (x, m, rest, where)
 
 
-def log_bwd(saved, dy, *, axis):
-    x, m, log_sum, where = saved
-    # Not exp(x - m - log_sum): a rounding error in the exponent counts in full.
-    y, dy = jnp.exp(wide(x) - m) * jnp.exp(-log_sum), wide(dy)
-    if where is None:
-        return dy - y * jnp.sum(dy, axis=axis, keepdims=True), None
-    dy = jnp.where(where, dy, 0)
-    return dy - jnp.where(where, y, 0) * jnp.sum(dy, axis=axis, keepdims=True), None
+def log_bwd(saved, dl, *, axis):
+    x, m, rest, where = saved
+    y, dl = jnp.exp(wide(x) - m) / (1 + rest), wide(dl)
+    if where is not None:
+        y, dl = jnp.where(where, y, 0), jnp.where(where, dl, 0)
+    return dl - y * jnp.sum(dl, axis=axis, keepdims=True), None
 
 
 softmax = op(plain, fwd, bwd, like=jax.nn.softmax, cases=CASES)

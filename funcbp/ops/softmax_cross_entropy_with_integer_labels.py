@@ -5,10 +5,11 @@
 Backward. The first term's derivative is the softmax p, so
     dx_j = dloss (p_j - [j = c])
 
-At the label p_c - 1 = expm1(log p_c), which keeps the digits that the difference loses once the
-model is sure of the right class (p_c rounds to 1 at a margin of 17 in float32).
+With rest = sum_k exp(x_k - max) - 1, a label that is the largest has p_c - 1 = -rest / (1 + rest),
+which keeps the digits that the difference loses once the model is sure of the right class (p_c
+rounds to 1 at a margin of 17 in float32).
 
-Saves: x and the labels, arguments, and two numbers a row: the largest logit and the log of the sum.
+Saves: x and the labels, arguments, and two numbers a row: the largest logit and rest.
 Edge:  labels from -n to n - 1 index as in NumPy; any other gives loss nan and dx = dloss p. A row
        that is masked whole (`where`) gives loss 0 and dx = 0; masked entries are left out of the
        sum, and of the gradient unless they are the label's.
@@ -25,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from funcbp.case import Case, booleans, integers, values
 from funcbp.core import InputError, op
-from funcbp.ops._numeric import log_sum_exp_shifted, shifted, wide
+from funcbp.ops._numeric import others, shifted, wide
 
 
 def plain(
@@ -51,10 +52,10 @@ def plain(
     where = _expanded(where, logits, axis)
     hit, valid = _label(logits.shape, labels, axis)
     at_label = jnp.sum(jnp.where(hit, logits, 0), axis=axis)
-    others = ~hit if where is None else ~hit & where
+    rivals = ~hit if where is None else ~hit & where
     # log(sum) = log(e^label + the others' sum): so a sure label keeps its digits.
-    m = jax.lax.stop_gradient(shifted(logits, axis, others)[1])
-    total = jnp.sum(jnp.where(others, jnp.exp(jnp.where(others, logits - m, 0)), 0), axis=axis)
+    m = jax.lax.stop_gradient(shifted(logits, axis, rivals)[1])
+    total = jnp.sum(jnp.where(rivals, jnp.exp(jnp.where(rivals, logits - m, 0)), 0), axis=axis)
     margin = jnp.log(jnp.where(total > 0, total, 1)) + jnp.squeeze(m, axis) - at_label
     margin = jnp.where(total > 0, margin, -jnp.inf)
     loss = jnp.logaddexp(margin, 0)
@@ -102,22 +103,25 @@ def _label(shape, labels, axis):
 def fwd(logits, labels, axis, where):
     where = _expanded(where, logits, axis)
     z, m = shifted(wide(logits), axis, where)
-    log_sum = log_sum_exp_shifted(z, axis)
+    rest = others(z, axis)
     hit, valid = _label(logits.shape, labels, axis)
     # A masked label still counts, as in optax: so its logit is taken before the mask.
     at_label = jnp.sum(jnp.where(hit, wide(logits) - m, 0), axis=axis)
-    loss = jnp.squeeze(log_sum, axis) - at_label
+    loss = jnp.squeeze(jnp.log1p(rest), axis) - at_label
     if where is not None:
         loss = jnp.where(jnp.any(where, axis), loss, 0)
     loss = jnp.where(valid, loss, jnp.nan)
-    return loss.astype(logits.dtype), (logits, labels, where, m, log_sum)
+    return loss.astype(logits.dtype), (logits, labels, where, m, rest)
 
 
 def bwd(saved, dloss, *, axis):
-    logits, labels, where, m, log_sum = saved
+    logits, labels, where, m, rest = saved
     hit, _ = _label(logits.shape, labels, axis)
-    log_p = wide(logits) - m - log_sum
-    slope = jnp.where(hit, jnp.expm1(log_p), jnp.exp(log_p))
+    z = wide(logits) - m
+    e = jnp.exp(z)
+    # p - 1 without the difference where the label's is the largest logit.
+    minus_one = jnp.where(z == 0, -rest, e - (1 + rest))
+    slope = jnp.where(hit, minus_one, e) / (1 + rest)
     if where is not None:
         some = jnp.any(where, axis, keepdims=True)
         slope = jnp.where(where, slope, jnp.where(hit & some, -1, 0))
