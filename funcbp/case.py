@@ -119,4 +119,3 @@ class Case:
 
         args = tuple(positional(spec) for spec in self.args)
         return args, {name: drawn(spec) for name, spec in self.kwargs.items()}
-

@@ -139,7 +139,9 @@ class Op:
         self.arrays = _array_names(signature, hints) if arrays is None else tuple(arrays)
         unknown = set(self.arrays) - set(signature.parameters)
         if unknown:
-            raise TypeError(f"op {self.name}: arrays= names {sorted(unknown)}, not parameters of plain")
+            raise TypeError(
+                f"op {self.name}: arrays= names {sorted(unknown)}, not parameters of plain"
+            )
         self.static = tuple(n for n in signature.parameters if n not in self.arrays)
         self._positional = tuple(
             n for n, p in signature.parameters.items() if p.kind is p.POSITIONAL_ONLY
@@ -173,7 +175,7 @@ class Op:
             raise self._unhashable(static) or error from None
         return rule(*arrays)
 
-    def rule(self, **static: Any) -> jax.custom_vjp:
+    def rule(self, **static: Any) -> Callable:
         """The `jax.custom_vjp` of the array arguments alone, for the given settings."""
         defaults = {n: self.__signature__.parameters[n].default for n in self.static}
         merged = defaults | static
@@ -196,7 +198,7 @@ class Op:
         positional = [values.pop(n) for n in self._positional]
         return f(*positional, **values)
 
-    def _build(self, key: tuple) -> jax.custom_vjp:
+    def _build(self, key: tuple) -> Callable:
         static = {n: v for n, _, v in key}
 
         def primal(*arrays):
@@ -233,7 +235,8 @@ class Op:
             jax.tree.map(lambda a: a.sharding, y),
             jax.tree.map(lambda a: _sharding_like(a.shape, known), saved),
         )
-        return jax.sharding.auto_axes(fwd, out_sharding=shardings)(arrays)
+        automatic: Callable = jax.sharding.auto_axes(fwd, out_sharding=shardings)
+        return automatic(arrays)
 
     def _backward(self, residuals: "_Residuals", dy: Any, static: dict[str, Any]) -> tuple:
         primals = residuals.primals
@@ -241,7 +244,9 @@ class Op:
         def leaves(saved, dy):
             dargs = self.bwd(saved, dy, **static)
             if not isinstance(dargs, tuple) or len(dargs) != len(self.arrays):
-                got = f"a tuple of {len(dargs)}" if isinstance(dargs, tuple) else type(dargs).__name__
+                got = (
+                    f"a tuple of {len(dargs)}" if isinstance(dargs, tuple) else type(dargs).__name__
+                )
                 raise TypeError(
                     f"bwd of {self.name} must return a tuple of {len(self.arrays)} cotangents, one "
                     f"for each of {', '.join(self.arrays)}; got {got}"
@@ -255,7 +260,8 @@ class Op:
         avals = [a for p in primals for a in p.floating()]
         if any(a.sharding.mesh.explicit_axes for a in avals):
             shardings = [a.sharding for a in avals]
-            flat = jax.sharding.auto_axes(leaves, out_sharding=shardings)(residuals.saved, dy)
+            automatic: Callable = jax.sharding.auto_axes(leaves, out_sharding=shardings)
+            flat = automatic(residuals.saved, dy)
         else:
             flat = leaves(residuals.saved, dy)
         rest = iter(flat)
@@ -304,9 +310,7 @@ class _Primal(NamedTuple):
         ]
 
     def rebuilt(self, rest: Iterator[jax.Array]) -> Any:
-        leaves = [
-            next(rest) if jnp.issubdtype(a.dtype, jnp.inexact) else None for a in self.avals
-        ]
+        leaves = [next(rest) if jnp.issubdtype(a.dtype, jnp.inexact) else None for a in self.avals]
         return jax.tree.unflatten(self.tree, leaves)
 
 
@@ -350,8 +354,10 @@ def _sharding_like(shape: tuple[int, ...], known: Sequence[Any]) -> NamedShardin
     """
 
     def shared(aval):
-        return next((i for i, (m, n) in enumerate(zip(shape, aval.shape)) if m != n),
-                    min(len(shape), len(aval.shape)))  # fmt: skip
+        return next(
+            (i for i, (m, n) in enumerate(zip(shape, aval.shape)) if m != n),
+            min(len(shape), len(aval.shape)),
+        )
 
     best = max(known, key=shared)
     spec = tuple(best.sharding.spec)[: shared(best)]
@@ -398,7 +404,7 @@ def _is_array(hint: Any) -> bool:
 
 
 def _is_floating(hint: Any) -> bool:
-    floating = set(jaxtyping.Float.dtypes)
+    floating = set(getattr(jaxtyping.Float, "dtypes"))  # noqa: B009 (types do not know it)
     return any(
         isinstance(m, type) and issubclass(m, jaxtyping.AbstractArray) and set(m.dtypes) <= floating
         for m in _members(hint)

@@ -126,7 +126,10 @@ def vmapped(call: Call, floating: dict, mapped: tuple[bool, ...] | None = None) 
     chosen = dict(zip(every, mapped or (True,) * len(every), strict=True))
     stacked = {n: _pair(v) if chosen[n] and isinstance(n, str) else v for n, v in floating.items()}
     fixed = {i: jnp.stack([v, v]) if chosen[i] else v for i, v in enumerate(call.fixed)}
-    axes = {n: 0 if chosen[n] else None for n in floating}, {i: 0 if chosen[i] else None for i in fixed}
+    axes = (
+        {n: 0 if chosen[n] else None for n in floating},
+        {i: 0 if chosen[i] else None for i in fixed},
+    )
 
     def one(floating, fixed):
         return call.layout.call(call.f, floating, [fixed[i] for i in range(len(fixed))])
@@ -148,16 +151,19 @@ def reverse_over_reverse(call: Call, floating: dict) -> dict:
 
     def of_gradient(floating):
         g = jax.grad(call.loss)(floating)
-        return sum((jnp.sum(jnp.sin(d) * v) for d, v in zip(g.values(), floating.values(),
-                    strict=True)), jnp.zeros(()))  # fmt: skip
+        return sum(
+            (jnp.sum(jnp.sin(d) * v) for d, v in zip(g.values(), floating.values(), strict=True)),
+            jnp.zeros(()),
+        )
 
     return jax.grad(of_gradient)(floating)
 
 
 def forward_over_reverse(call: Call, floating: dict) -> dict:
     """A Hessian-vector product."""
-    tangents = {n: jnp.cos(jnp.arange(v.size, dtype=v.dtype)).reshape(v.shape)
-                for n, v in floating.items()}  # fmt: skip
+    tangents = {
+        n: jnp.cos(jnp.arange(v.size, dtype=v.dtype)).reshape(v.shape) for n, v in floating.items()
+    }
     return jax.jvp(jax.grad(call.loss), (floating,), (tangents,))[1]
 
 
@@ -171,14 +177,19 @@ def sharded(call: Call, floating: dict, varied: Callable[[int], bool]) -> dict:
     def local(floating, fixed):
         mine = {n: v[0] if specs[n] else v for n, v in floating.items()}
         y = call.layout.call(call.f, mine, fixed)
-        return jax.tree.map(lambda y: jax.lax.pcast(y, "i", to="varying")[None]
-                            if "i" not in jax.typeof(y).manual_axis_type.varying else y[None], y)  # fmt: skip
+        return jax.tree.map(lambda y: _varying(y)[None], y)
 
     def value(floating):
         f = jax.shard_map(local, mesh=mesh, in_specs=(specs, P()), out_specs=P("i"))
         return f(floating, call.fixed)
 
     return call.pulled_back(value, stacked, _pair(call.dy))
+
+
+def _varying(y: jax.Array) -> jax.Array:
+    """y as one that may differ between devices, as the output's sharding says."""
+    varies = "i" in jax.typeof(y).manual_axis_type.varying
+    return y if varies else jax.lax.pcast(y, "i", to="varying")
 
 
 def sharded_all(call: Call, floating: dict) -> dict:
@@ -189,8 +200,16 @@ def sharded_first(call: Call, floating: dict) -> dict:
     return sharded(call, floating, lambda k: k == 0)
 
 
-FIRST_ORDER = (checkpointed, in_scan, in_cond, in_while, vmapped, vmapped_each,
-               sharded_all, sharded_first)  # fmt: skip
+FIRST_ORDER = (
+    checkpointed,
+    in_scan,
+    in_cond,
+    in_while,
+    vmapped,
+    vmapped_each,
+    sharded_all,
+    sharded_first,
+)
 SECOND_ORDER = (reverse_over_reverse, forward_over_reverse)
 
 # Two steps, batch entries or devices have the value times these: exact in every dtype.

@@ -1,12 +1,16 @@
 """One test for all rules: every op, case, dtype and transformation against float64."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from rules import FIRST_ORDER, OPS, SECOND_ORDER, Call, Cast, WithCotangent, cases, every_way, label
 
+import funcbp
 from funcbp.check import compare
 from funcbp.check.compare import split
 
@@ -20,6 +24,112 @@ def test_value_and_cotangents(op, case):
 @pytest.mark.parametrize(("op", "case"), cases(), ids=label)
 def test_transformations(op, case):
     drawn = WithCotangent(op, case, "float32")
-    rule, plain = (every_way((*FIRST_ORDER, *SECOND_ORDER), f, drawn.layout())
-                   for f in (op, op.plain))  # fmt: skip
+    rule, plain = (
+        every_way((*FIRST_ORDER, *SECOND_ORDER), f, drawn.layout()) for f in (op, op.plain)
+    )
     compare(rule, drawn, reference=plain, cotangents=False).raise_if_wrong()
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=label)
+def test_float64_and_float16_keep_their_dtype(op):
+    case = op.cases[0]
+    with jax.enable_x64(True):
+        for dtype in ("float64", "float16"):
+            layout, floating, fixed = split(*case.build(0, dtype))
+            y = layout.call(op, floating, fixed)
+            call = Call(op, layout, fixed, jax.tree.map(jnp.ones_like, y))
+            results = jax.tree.leaves(call.pulled_back(call.value, floating, call.dy))
+            assert {str(r.dtype) for r in results} == {dtype}
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=label)
+def test_forward_mode_under_autodiff(op):
+    layout, floating, fixed = split(*op.cases[0].build(0, "float32"))
+    call = Call(op, layout, fixed, None)
+    tangents = jax.tree.map(jnp.ones_like, floating)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(call.value, (floating,), (tangents,))
+    with funcbp.autodiff():
+        got = jax.jvp(jax.jit(call.value), (floating,), (tangents,))
+    plain = Call(op.plain, layout, fixed, None)
+    expected = jax.jvp(jax.jit(plain.value), (floating,), (tangents,))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, got, expected))
+
+
+@pytest.mark.parametrize("op", [o for o in OPS.values() if o.like], ids=label)
+def test_signature_and_values_are_the_counterparts(op):
+    ours, theirs = (inspect.signature(f).parameters.values() for f in (op, op.like))
+    assert [(p.name, p.kind, p.default) for p in ours] == [
+        (p.name, p.kind, p.default) for p in theirs
+    ]
+    for case in op.cases:
+        if not case.bench:
+            same_values(op, case)
+
+
+def same_values(op, case):
+    """plain is the counterpart: it differs, in float64, by less than the counterpart's float32."""
+    layout, floating, fixed = split(*case.build())
+    narrow = layout.call(op.like, floating, fixed)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda v: v.astype(np.float64), floating)
+        exact, theirs = (np.asarray(layout.call(f, wide, fixed)) for f in (op.plain, op.like))
+    finite = np.isfinite(exact)
+    np.testing.assert_array_equal(theirs[~finite], exact[~finite])
+    rounding = np.abs(np.asarray(narrow, np.float64) - exact) + 2.0**-23 * np.abs(exact)
+    assert np.all(np.abs(theirs - exact)[finite] <= rounding[finite])
+
+
+def layouts(floating):
+    """Each even axis of each argument, sharded in two; then the first axes of all that have one."""
+    alone = [
+        {n: P(*[None] * k, "i")}
+        for n, v in floating.items()
+        for k, size in enumerate(v.shape)
+        if size and size % 2 == 0
+    ]
+    return alone[:4]
+
+
+def on_mesh(f, layout, specs):
+    """Value and cotangents of f with some arguments resharded; checks where the cotangents lie."""
+
+    def run(floating, fixed, dy):
+        placed = {
+            n: jax.sharding.reshard(v, specs[n]) if n in specs else v for n, v in floating.items()
+        }
+        call = Call(f, layout, fixed, dy)
+        y, pullback = jax.vjp(call.value, placed)
+        dy = jax.tree.map(lambda d, y: jax.sharding.reshard(d, jax.typeof(y).sharding.spec), dy, y)
+        (cotangents,) = pullback(dy)
+        for n, v in placed.items():
+            assert jax.typeof(cotangents[n]).sharding == jax.typeof(v).sharding
+        return jax.tree.map(lambda v: jax.sharding.reshard(v, P()), {"value": y, **cotangents})
+
+    return run
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=label)
+def test_explicit_mesh(op):
+    """Wherever plain is legal on Explicit axes the rule is, with the same shardings out."""
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Explicit,))
+    tried = 0
+    with jax.set_mesh(mesh):
+        for case in op.cases:
+            drawn = WithCotangent(op, case, "float32")
+            if case.bench:
+                continue
+            arguments = drawn.build()[0]
+            for specs in layouts(arguments[0]):
+                plain = on_mesh(op.plain, drawn.layout(), specs)
+                try:
+                    jax.eval_shape(plain, *arguments)
+                except Exception as error:
+                    assert type(error).__name__ == "ShardingTypeError", error
+                    continue
+                rule = on_mesh(op, drawn.layout(), specs)
+                compare(rule, drawn, reference=plain, cotangents=False).raise_if_wrong()
+                tried += 1
+            if tried >= 3:
+                break
+    assert tried

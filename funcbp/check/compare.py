@@ -157,17 +157,24 @@ class _Measure:
         layout, floating, fixed = split(args, kwargs)
         double = any(v.dtype in (np.float64, np.complex128) for v in floating.values())
         with jax.enable_x64(True) if double else contextlib.nullcontext():
-            y = jax.eval_shape(lambda *arrays: layout.call(self.reference, *arrays), floating, fixed)
+            y = jax.eval_shape(
+                lambda *arrays: layout.call(self.reference, *arrays), floating, fixed
+            )
             dy = _cotangents(y, np.random.default_rng([seed, 17])) if self.cotangents else None
             rule = self.run_rule(layout, floating, fixed, dy)
             autodiff = self.run_reference(layout, floating, fixed, dy)
         with jax.enable_x64(True):
             truth = self.run_reference(layout, _promoted(floating), fixed, _promoted(dy))
         return [
-            _Sample(what, _wide(rule[what]), _wide(autodiff[what]), np.asarray(truth[what]),
-                    rule[what].dtype)
+            _Sample(
+                what,
+                _wide(rule[what]),
+                _wide(autodiff[what]),
+                np.asarray(truth[what]),
+                rule[what].dtype,
+            )
             for what in truth
-        ]  # fmt: skip
+        ]
 
 
 def _value_and_cotangents(f: Callable) -> Callable:
@@ -282,11 +289,16 @@ def _judge(pool: list[_Sample]) -> Row:
     scale = np.max(np.abs(truth), initial=0.0, where=np.isfinite(truth)) or 1.0
     at = np.unravel_index(np.argmax(excess), excess.shape)
     return Row(
-        what, shape, str(dtype), float(np.max(error) / scale),
-        float(np.max(error_of_autodiff) / scale), float(excess[at]),
+        what,
+        shape,
+        str(dtype),
+        float(np.max(error) / scale),
+        float(np.max(error_of_autodiff) / scale),
+        float(excess[at]),
         tuple(map(int, np.unravel_index(at[1], shape))),
-        float(np.real(rule[at])), float(np.real(truth[at])),
-    )  # fmt: skip
+        float(np.real(rule[at])),
+        float(np.real(truth[at])),
+    )
 
 
 def _distance(got: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -52,8 +52,10 @@ def check(x, w, b=None, *, activation):
     """Raises if the shapes do not fit or the activation is unknown."""
     check_linear(x, w, b)
     if activation is not None and activation not in FORMULAS:
-        raise InputError(f"activation must be None or one of {', '.join(sorted(FORMULAS))}; "
-                         f"got {activation!r}; put another function in a layer of its own")  # fmt: skip
+        raise InputError(
+            f"activation must be None or one of {', '.join(sorted(FORMULAS))}; "
+            f"got {activation!r}; put another function in a layer of its own"
+        )
 
 
 def fwd(x, w, b=None, *, activation):
@@ -71,11 +73,17 @@ def bwd(saved, dh, *, activation):
     return pullback(x, w, b, dz)
 
 
-dense = op(plain, fwd, bwd, check=check, cases=(
-    Case("relu", (5, 3), (3, 7), (7,)),
-    Case("sigmoid, saturated", normal(5, 3, std=8.0), (3, 7), (7,), activation="sigmoid"),
-    Case("tanh, two batch axes", (2, 3, 5), (5, 1), None, activation="tanh"),
-    Case("gelu, vector", (4,), (4, 4), (4,), activation="gelu"),
-    Case("identity, empty batch", (0, 3), (3, 2), (2,), activation=None),
-    Case("mlp", (1024, 1024), (1024, 1024), (1024,), activation="gelu", bench=True),
-))  # fmt: skip
+dense = op(
+    plain,
+    fwd,
+    bwd,
+    check=check,
+    cases=(
+        Case("relu", (5, 3), (3, 7), (7,)),
+        Case("sigmoid, saturated", normal(5, 3, std=8.0), (3, 7), (7,), activation="sigmoid"),
+        Case("tanh, two batch axes", (2, 3, 5), (5, 1), None, activation="tanh"),
+        Case("gelu, vector", (4,), (4, 4), (4,), activation="gelu"),
+        Case("identity, empty batch", (0, 3), (3, 2), (2,), activation=None),
+        Case("mlp", (1024, 1024), (1024, 1024), (1024,), activation="gelu", bench=True),
+    ),
+)

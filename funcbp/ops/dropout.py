@@ -35,14 +35,18 @@ def plain(key: Key[Array, ""], x: Float[Array, "..."], *, rate: float) -> Float[
     """
     if rate in (0, 1):
         return x * (1 - rate)
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+    # float32 whatever the dtype of x, so that the mask depends on key, rate and shape alone.
+    kept = jax.random.bernoulli(key, jnp.float32(1 - rate), x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 def check(key, x, *, rate):
     """Raises if rate is no probability."""
     if not 0 <= rate <= 1:
-        raise InputError(f"rate must be a probability, from 0 to 1, got {rate}; it is the share "
-                         "of elements that are zeroed, not that are kept")  # fmt: skip
+        raise InputError(
+            f"rate must be a probability, from 0 to 1, got {rate}; it is the share "
+            "of elements that are zeroed, not that are kept"
+        )
 
 
 def fwd(key, x, *, rate):
@@ -53,11 +57,17 @@ def bwd(key, dy, *, rate):
     return None, plain(key, dy, rate=rate)
 
 
-dropout = op(plain, fwd, bwd, check=check, cases=(
-    Case("half", key(3), (5, 3), rate=0.5),
-    Case("tenth", key(1), (2, 3, 7), rate=0.1),
-    Case("none", key(0), (4,), rate=0.0),
-    Case("all", key(0), (4,), rate=1.0),
-    Case("empty", key(0), (0, 2), rate=0.5),
-    Case("activations", key(0), (2048, 1024), rate=0.1, bench=True),
-))  # fmt: skip
+dropout = op(
+    plain,
+    fwd,
+    bwd,
+    check=check,
+    cases=(
+        Case("half", key(3), (5, 3), rate=0.5),
+        Case("tenth", key(1), (2, 3, 7), rate=0.1),
+        Case("none", key(0), (4,), rate=0.0),
+        Case("all", key(0), (4,), rate=1.0),
+        Case("empty", key(0), (0, 2), rate=0.5),
+        Case("activations", key(0), (2048, 1024), rate=0.1, bench=True),
+    ),
+)

@@ -55,8 +55,10 @@ def check(x, scale=None, bias=None, *, epsilon):
         raise InputError("x must have at least one axis, the one that is normalised; got a scalar")
     for name, v in (("scale", scale), ("bias", bias)):
         if v is not None and v.shape != x.shape[-1:]:
-            raise InputError(f"{name} must have shape {x.shape[-1:]}, one number for each feature "
-                             f"of x {x.shape}, got {v.shape}; check which layer feeds this one")  # fmt: skip
+            raise InputError(
+                f"{name} must have shape {x.shape[-1:]}, one number for each feature "
+                f"of x {x.shape}, got {v.shape}; check which layer feeds this one"
+            )
 
 
 def fwd(x, scale=None, bias=None, *, epsilon):
@@ -74,21 +76,25 @@ def bwd(saved, dy, *, epsilon):
     dy = wide(dy)
     u = (wide(x) - m) * r
     g = dy if scale is None else dy * wide(scale)
-    dx = r * (
-        g - jnp.mean(g, axis=-1, keepdims=True) - u * jnp.mean(g * u, axis=-1, keepdims=True)
-    )
+    dx = r * (g - jnp.mean(g, axis=-1, keepdims=True) - u * jnp.mean(g * u, axis=-1, keepdims=True))
     dscale = None if scale is None else jnp.sum(rows(dy * u), axis=0)
     dbias = None if bias is None else jnp.sum(rows(dy), axis=0)
     return dx, dscale, dbias
 
 
-layer_norm = op(plain, fwd, bwd, check=check, cases=(
-    Case("odd", (3, 5), (5,), (5,)),
-    Case("no scale", (2, 3, 4), None, (4,)),
-    Case("bare", (4, 7)),
-    Case("offset", normal(3, 9, mean=100.0), (9,), (9,), dtypes=("float32",)),
-    Case("constant row", values([[2.0, 2.0, 2.0], [1.0, 2.0, 4.0]]), (3,), (3,)),
-    Case("one feature", (3, 1), (1,), (1,)),
-    Case("empty batch", (0, 4), (4,), (4,)),
-    Case("transformer", (4096, 1024), (1024,), (1024,), bench=True),
-))  # fmt: skip
+layer_norm = op(
+    plain,
+    fwd,
+    bwd,
+    check=check,
+    cases=(
+        Case("odd", (3, 5), (5,), (5,)),
+        Case("no scale", (2, 3, 4), None, (4,)),
+        Case("bare", (4, 7)),
+        Case("offset", normal(3, 9, mean=100.0), (9,), (9,), dtypes=("float32",)),
+        Case("constant row", values([[2.0, 2.0, 2.0], [1.0, 2.0, 4.0]]), (3,), (3,)),
+        Case("one feature", (3, 1), (1,), (1,)),
+        Case("empty batch", (0, 4), (4,), (4,)),
+        Case("transformer", (4096, 1024), (1024,), (1024,), bench=True),
+    ),
+)

@@ -68,8 +68,10 @@ def check(x, w, b=None):
             f"{x.shape} and w of shape {w.shape}; check which layer feeds this one"
         )
     if b is not None and b.shape != w.shape[1:]:
-        raise InputError(f"b must have shape {w.shape[1:]}, one number for each column of w, "
-                         f"got {b.shape}; pass b=None for no bias")  # fmt: skip
+        raise InputError(
+            f"b must have shape {w.shape[1:]}, one number for each column of w, "
+            f"got {b.shape}; pass b=None for no bias"
+        )
 
 
 def fwd(x, w, b=None):
@@ -78,13 +80,20 @@ def fwd(x, w, b=None):
 
 
 def bwd(saved, dy):
-    return pullback(*saved, dy)
+    x, w, b = saved
+    return pullback(x, w, b, dy)
 
 
-linear = op(plain, fwd, bwd, check=check, cases=(
-    Case("odd", (5, 3), (3, 7), (7,)),
-    Case("no bias, two batch axes", (2, 3, 5), (5, 1), None),
-    Case("vector", (4,), (4, 4), (4,)),
-    Case("empty batch", (0, 3), (3, 2), (2,)),
-    Case("mlp", (1024, 1024), (1024, 1024), (1024,), bench=True),
-))  # fmt: skip
+linear = op(
+    plain,
+    fwd,
+    bwd,
+    check=check,
+    cases=(
+        Case("odd", (5, 3), (3, 7), (7,)),
+        Case("no bias, two batch axes", (2, 3, 5), (5, 1), None),
+        Case("vector", (4,), (4, 4), (4,)),
+        Case("empty batch", (0, 3), (3, 2), (2,)),
+        Case("mlp", (1024, 1024), (1024, 1024), (1024,), bench=True),
+    ),
+)

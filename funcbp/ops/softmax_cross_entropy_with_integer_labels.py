@@ -70,11 +70,15 @@ def check(logits, labels, axis, where):
     gone = _axes(axis, logits.ndim)
     expected = tuple(n for i, n in enumerate(logits.shape) if i not in gone)
     if labels.shape != expected:
-        raise InputError(f"labels must have the shape of logits {logits.shape} without axis {axis}, "
-                         f"{expected}, got {labels.shape}; one-hot labels want argmax first")  # fmt: skip
+        raise InputError(
+            f"labels must have the shape of logits {logits.shape} without axis {axis}, "
+            f"{expected}, got {labels.shape}; one-hot labels want argmax first"
+        )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise InputError(f"labels must be integers, got {labels.dtype}; convert them with "
-                         "labels.astype(jnp.int32)")  # fmt: skip
+        raise InputError(
+            f"labels must be integers, got {labels.dtype}; convert them with "
+            "labels.astype(jnp.int32)"
+        )
 
 
 def _axes(axis, ndim):
@@ -93,8 +97,9 @@ def _label(shape, labels, axis):
     classes = math.prod(shape[a] for a in axes)
     index = jnp.zeros((1,) * len(shape), jnp.int32)
     for a in axes:  # the flat index: later axes of `axis` run faster
-        steps = jax.lax.broadcasted_iota(jnp.int32, tuple(n if i == a else 1 for i, n in
-                                         enumerate(shape)), a)  # fmt: skip
+        steps = jax.lax.broadcasted_iota(
+            jnp.int32, tuple(n if i == a else 1 for i, n in enumerate(shape)), a
+        )
         index = index * shape[a] + steps
     wrapped = jnp.where(labels < 0, labels + classes, labels)
     return jnp.expand_dims(wrapped, axes) == index, (wrapped >= 0) & (wrapped < classes)
@@ -129,7 +134,10 @@ def bwd(saved, dloss, *, axis):
 
 
 softmax_cross_entropy_with_integer_labels = op(
-    plain, fwd, bwd, check=check,
+    plain,
+    fwd,
+    bwd,
+    check=check,
     like=optax.losses.softmax_cross_entropy_with_integer_labels,
     cases=(
         Case("odd", (3, 5), integers(3, high=5)),
@@ -142,4 +150,4 @@ softmax_cross_entropy_with_integer_labels = op(
         Case("empty batch", (0, 3), integers(0, high=3)),
         Case("vocabulary", (1024, 8192), integers(1024, high=8192), bench=True),
     ),
-)  # fmt: skip
+)
