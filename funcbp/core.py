@@ -354,10 +354,8 @@ def _sharding_like(shape: tuple[int, ...], known: Sequence[Any]) -> NamedShardin
     """
 
     def shared(aval):
-        return next(
-            (i for i, (m, n) in enumerate(zip(shape, aval.shape)) if m != n),
-            min(len(shape), len(aval.shape)),
-        )
+        same = [m == n for m, n in zip(shape, aval.shape, strict=False)]
+        return (*same, False).index(False)
 
     best = max(known, key=shared)
     spec = tuple(best.sharding.spec)[: shared(best)]
