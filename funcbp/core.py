@@ -15,7 +15,7 @@ import contextvars
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -156,24 +156,24 @@ class Op:
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         values = bound.arguments
-        arrays = tuple(_as_arrays(values[n]) for n in self.arrays)
+        arrays = {n: _as_arrays(values[n]) for n in self.arrays}
         for n in self._floating:
             _require_floating(self.name, n, values[n])
         static = {n: values[n] for n in self.static}
         if self.check is not None:
-            self._apply(self.check, arrays, static)
+            self.apply(self.check, arrays, static)
         calls = _calls.get()
         if calls is not None:
-            calls.append(Call(self, dict(zip(self.arrays, arrays, strict=True)), static))
+            calls.append(Call(self, arrays, static))
         if _autodiff.value:
-            return self._apply(self.plain, arrays, static)
+            return self.apply(self.plain, arrays, static)
         # The type is part of the key: 1, 1.0 and True are equal but are different settings.
         key = tuple((n, type(v), v) for n, v in static.items())
         try:
             rule = self._rule(key)
         except TypeError as error:
             raise self._unhashable(static) or error from None
-        return rule(*arrays)
+        return rule(*arrays.values())
 
     def rule(self, **static: Any) -> Callable:
         """The `jax.custom_vjp` of the array arguments alone, for the given settings."""
@@ -192,11 +192,14 @@ class Op:
                 )
         return None
 
-    def _apply(self, f: Callable, arrays: Sequence[Any], static: dict[str, Any]) -> Any:
-        """Calls `f`, which has `plain`'s signature."""
-        values = dict(zip(self.arrays, arrays, strict=True)) | static
+    def apply(self, f: Callable, arrays: dict[str, Any], static: dict[str, Any]) -> Any:
+        """Calls `f`, which has this op's signature, with arguments by name."""
+        values = arrays | static
         positional = [values.pop(n) for n in self._positional]
         return f(*positional, **values)
+
+    def _named(self, arrays: Iterable[Any]) -> dict[str, Any]:
+        return dict(zip(self.arrays, arrays, strict=True))
 
     def _build(self, key: tuple) -> Callable:
         static = {n: v for n, _, v in key}
@@ -223,20 +226,26 @@ class Op:
 
     def _forward(self, arrays: tuple, static: dict[str, Any]) -> tuple[Any, Any]:
         if not _on_explicit_mesh(arrays):
-            return self._apply(self.fwd, arrays, static)
+            return self.apply(self.fwd, self._named(arrays), static)
+
         # On Explicit axes a rule's own contractions would need output shardings, which its author
         # cannot know. So it runs with Auto axes, and the result gets the sharding of plain's.
-        fwd = functools.partial(self._apply, self.fwd, static=static)
-        y = jax.eval_shape(functools.partial(self._apply, self.plain, static=static), arrays)
+        def fwd(*arrays):
+            return self.apply(self.fwd, self._named(arrays), static)
+
+        def plain(*arrays):
+            return self.apply(self.plain, self._named(arrays), static)
+
+        y = jax.eval_shape(plain, *arrays)
         bare = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
-        saved = jax.eval_shape(fwd, bare)[1]
+        saved = jax.eval_shape(fwd, *bare)[1]
         known = [jax.typeof(a) for a in jax.tree.leaves(arrays)] + jax.tree.leaves(y)
         shardings = (
             jax.tree.map(lambda a: a.sharding, y),
             jax.tree.map(lambda a: _sharding_like(a.shape, known), saved),
         )
         automatic: Callable = jax.sharding.auto_axes(fwd, out_sharding=shardings)
-        return automatic(arrays)
+        return automatic(*arrays)
 
     def _backward(self, residuals: "_Residuals", dy: Any, static: dict[str, Any]) -> tuple:
         primals = residuals.primals

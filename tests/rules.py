@@ -5,7 +5,7 @@ way: inside `scan`, under `vmap`, on a mesh. All of them go through the one yard
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,9 +21,9 @@ from funcbp.check.compare import Layout, split
 OPS = {name: op for name, op in vars(funcbp.ops).items() if isinstance(op, Op)}
 
 
-def cases() -> Iterator[tuple[Op, Case]]:
+def cases() -> list[tuple[Op, Case]]:
     """Every op with every case that is not for the bench."""
-    return ((op, case) for op in OPS.values() for case in op.cases if not case.bench)
+    return [(op, case) for op in OPS.values() for case in op.cases if not case.bench]
 
 
 def label(value: Any) -> str:

@@ -81,7 +81,7 @@ def differentiable(op):
     return sum(isinstance(v, jax.Array) and jnp.issubdtype(v.dtype, jnp.inexact) for v in leaves)
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=label)
+@pytest.mark.parametrize("op", list(OPS.values()), ids=label)
 def test_every_mutation_is_caught(op):
     case = Cast(op, op.cases[0], "float32")
     assert compare(op, case).ok
@@ -94,7 +94,7 @@ def test_every_mutation_is_caught(op):
     assert not missed
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=label)
+@pytest.mark.parametrize("op", list(OPS.values()), ids=label)
 def test_a_forward_rule_with_another_value_is_caught(op):
     def fwd(*args, **kwargs):
         y, saved = op.fwd(*args, **kwargs)

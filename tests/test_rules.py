@@ -30,7 +30,7 @@ def test_transformations(op, case):
     compare(rule, drawn, reference=plain, cotangents=False).raise_if_wrong()
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=label)
+@pytest.mark.parametrize("op", list(OPS.values()), ids=label)
 def test_float64_and_float16_keep_their_dtype(op):
     case = op.cases[0]
     with jax.enable_x64(True):
@@ -42,7 +42,7 @@ def test_float64_and_float16_keep_their_dtype(op):
             assert {str(r.dtype) for r in results} == {dtype}
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=label)
+@pytest.mark.parametrize("op", list(OPS.values()), ids=label)
 def test_forward_mode_under_autodiff(op):
     layout, floating, fixed = split(*op.cases[0].build(0, "float32"))
     call = Call(op, layout, fixed, None)
@@ -109,7 +109,7 @@ def on_mesh(f, layout, specs):
     return run
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=label)
+@pytest.mark.parametrize("op", list(OPS.values()), ids=label)
 def test_explicit_mesh(op):
     """Wherever plain is legal on Explicit axes the rule is, with the same shardings out."""
     mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Explicit,))

@@ -18,9 +18,10 @@ from funcbp.case import Case
 from funcbp.core import InputError, Op
 
 # The error of autodiff on one element may be 0 by luck; its error on many is what the dtype allows.
-# So draws are repeated, at least and at most this often, until this many elements are pooled, and
-# an element is judged beside this many of the next larger ones too.
-DRAWS, POOL, NEIGHBOURS = (8, 32), 512, 16
+# So draws are repeated, at least and at most this often, until this many elements are pooled.
+DRAWS, POOL = (8, 32), 512
+# An element is judged beside those up to this many times larger, and at least so many of them.
+SIZE, NEIGHBOURS = 64, 16
 
 
 class WrongRule(AssertionError):
@@ -313,19 +314,22 @@ def allowed(error_of_autodiff: np.ndarray, truth: np.ndarray, dtype: Any) -> np.
     """What error each element may have: twice autodiff's, plus 2 ulp.
 
     Takes [draws, elements]. Autodiff's error is the largest it makes at this place in any draw,
-    on elements of this size or smaller, or on the next few larger ones. Where it is not finite it
+    or on elements of this size (up to `SIZE` times as large) or smaller. Where it is not finite it
     is no measure and does not count.
     """
-    info = jnp.finfo(dtype)
+    info, exact = jnp.finfo(dtype), jnp.finfo(np.float64)
     errors = np.where(np.isfinite(error_of_autodiff), error_of_autodiff, 0.0)
     size = np.where(np.isfinite(truth), np.abs(truth), 0.0)
     order = np.argsort(size, axis=None, kind="stable")
-    reach = np.minimum(np.arange(size.size) + NEIGHBOURS, size.size - 1)
+    ordered = size.ravel()[order]
+    reach = np.searchsorted(ordered, SIZE * ordered, side="right") - 1
+    reach = np.maximum(reach, np.minimum(np.arange(size.size) + NEIGHBOURS, size.size - 1))
     of_this_size = np.empty(size.size)
     of_this_size[order] = np.maximum.accumulate(errors.ravel()[order])[reach]
     envelope = np.maximum(of_this_size.reshape(size.shape), np.max(errors, axis=0))
-    # Below the smallest normal number devices may flush to zero.
-    return 2 * envelope + 2 * float(info.eps) * size + float(info.tiny)
+    # The truth is rounded too; and below the smallest normal number devices may flush to zero.
+    floor = 8 * float(exact.eps) * np.max(size, axis=1, keepdims=True) + float(info.tiny)
+    return 2 * envelope + 2 * float(info.eps) * size + floor
 
 
 def saved_bytes(f: Callable, *args: Any, **kwargs: Any) -> int:

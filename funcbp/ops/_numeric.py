@@ -46,9 +46,10 @@ def near_root(x: Array, root: float, series: tuple[float, ...], else_: Array) ->
     series is in x - root, which is exact near a `root` that float32 represents; its first
     coefficient is what the function is at that float32, not quite 0.
     """
-    d = x - root
+    inside = jnp.abs(x - root) < 0.25
+    d = jnp.where(inside, x - root, 0)  # 0 outside keeps the branch not taken finite
     total = jnp.zeros_like(x)
     for c in reversed(series):
         total = total * d + c
     # The first term left out is below 1e-7 of the value within this window.
-    return jnp.where(jnp.abs(d) < 0.25, total, else_)
+    return jnp.where(inside, total, else_)

@@ -63,8 +63,13 @@ def check(x, scale=None, bias=None, *, epsilon):
 
 def fwd(x, scale=None, bias=None, *, epsilon):
     m = jnp.mean(wide(x), axis=-1, keepdims=True)
+    # The rounding of m shifts u; its mean says by how much, in the pass that the variance needs.
     u = wide(x) - m
-    r = 1 / jnp.sqrt(jnp.mean(jnp.square(u), axis=-1, keepdims=True) + epsilon)
+    shift = jnp.mean(u, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(u), axis=-1, keepdims=True) - jnp.square(shift)
+    r = 1 / jnp.sqrt(jnp.maximum(variance, 0) + epsilon)
+    m += shift
+    u = wide(x) - m
     y = u * r
     y = y if scale is None else y * wide(scale)
     y = y if bias is None else y + wide(bias)

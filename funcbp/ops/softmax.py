@@ -106,7 +106,9 @@ def log_fwd(x, axis, where):
     z, m = shifted(wide(x), axis, where)
     rest = others(z, axis)
     # z - log(sum), not x - (m + log(sum)): the small logarithm would drown in a large m.
-    return (z - jnp.log1p(rest)).astype(x.dtype), (x, m, rest, where)
+    y = z - jnp.log1p(rest)
+    y = y if where is None else jnp.where(where, y, -jnp.inf)
+    return y.astype(x.dtype), (x, m, rest, where)
 
 
 def log_bwd(saved, dl, *, axis):

@@ -98,9 +98,9 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         new = (params, model_state, opt_state)
         old = (state.params, state.model_state, state.opt_state)
-        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         metrics = {**metrics, "loss": value, "grad_norm": norm, "finite": finite}
-        return TrainState(*new, key, state.step + 1), metrics
+        return TrainState(kept[0], kept[1], kept[2], key, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0 if donate else ())
 
@@ -132,9 +132,7 @@ def _accumulated(gradient: Callable, parts: int, state: TrainState, batch: Any, 
 
     def one(model_state, piece_and_key):
         piece, key = piece_and_key
-        (value, (model_state, metrics)), grads = gradient(
-            state.params, model_state, piece, key=key
-        )
+        (value, (model_state, metrics)), grads = gradient(state.params, model_state, piece, key=key)
         return model_state, (value, metrics, grads)
 
     def add(carry, piece_and_key):
