@@ -27,9 +27,8 @@ def bwd(x, dy):
     return (2 * jnp.maximum(x, 0) * dy,)
 
 
-squared_relu = op(
-    plain, fwd, bwd, name="squared_relu", cases=[Case("odd", (3, 5)), Case("one", ())]
-)
+CASES = [Case("odd", (3, 5)), Case("one", ())]
+squared_relu = op(plain, fwd, bwd, name="squared_relu", cases=CASES)
 
 
 def forgets_the_factor(x, dy):

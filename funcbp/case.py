@@ -42,7 +42,8 @@ class Draw:
         if self.kind == "key":
             return jax.random.key(int(self.low))
         array = np.asarray(self.data)
-        return jnp.asarray(array, dtype if array.dtype.kind in "fV" else array.dtype)
+        kinds = {"f": dtype, "i": jnp.int32, "b": jnp.bool_}
+        return jnp.asarray(array, kinds[array.dtype.kind])
 
 
 def normal(*shape: int, mean: float = 0.0, std: float = 1.0) -> Draw:

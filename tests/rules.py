@@ -149,22 +149,24 @@ def vmapped_each(call: Call, floating: dict) -> dict:
 def reverse_over_reverse(call: Call, floating: dict) -> dict:
     """The cotangents' own cotangents: grad of a function of grad."""
 
+    weights = _weights(floating)
+
     def of_gradient(floating):
         g = jax.grad(call.loss)(floating)
-        return sum(
-            (jnp.sum(jnp.sin(d) * v) for d, v in zip(g.values(), floating.values(), strict=True)),
-            jnp.zeros(()),
-        )
+        terms = jax.tree.map(lambda d, w: jnp.sum(jnp.sin(d) * w), g, weights)
+        return sum(jax.tree.leaves(terms), jnp.zeros(()))
 
     return jax.grad(of_gradient)(floating)
 
 
 def forward_over_reverse(call: Call, floating: dict) -> dict:
     """A Hessian-vector product."""
-    tangents = {
-        n: jnp.cos(jnp.arange(v.size, dtype=v.dtype)).reshape(v.shape) for n, v in floating.items()
-    }
-    return jax.jvp(jax.grad(call.loss), (floating,), (tangents,))[1]
+    return jax.jvp(jax.grad(call.loss), (floating,), (_weights(floating),))[1]
+
+
+def _weights(tree: Any) -> Any:
+    """Dense fixed numbers in [-1, 1], in the shapes and dtypes of the tree."""
+    return jax.tree.map(lambda v: jnp.cos(jnp.arange(v.size, dtype=v.dtype)).reshape(v.shape), tree)
 
 
 def sharded(call: Call, floating: dict, varied: Callable[[int], bool]) -> dict:
