@@ -21,7 +21,7 @@ ALLOWED = {
     "bench": BASE | {"ops", "page", "check", "trace"},
 }
 # The commands stand on top of everything.
-TOP = {"__init__", "cli", "demo"}
+TOP = {"__init__", "catalogue", "cli", "demo"}
 
 
 def imported(path):
