@@ -20,6 +20,9 @@ from funcbp.core import InputError, Op
 # The error of autodiff on one element may be 0 by luck; its error on many is what the dtype allows.
 # So draws are repeated, at least and at most this often, until this many elements are pooled.
 DRAWS, POOL = (8, 32), 512
+# Each draw of the arguments is taken at these scales: as well or badly conditioned, with zeros and
+# ties where they were, but rounded anew.
+SCALES = (1.0, 31 / 32, 15 / 16, 29 / 32)
 # An element is judged beside those up to this many times larger, and at least so many of them.
 SIZE, NEIGHBOURS = 64, 16
 
@@ -112,12 +115,13 @@ def compare(
         name = f"{name}, {case.name}"
     pools: dict[str, list[_Sample]] = {}
     measured = _Measure(f, reference, cotangents)
-    for draw in range(seed, seed + DRAWS[1]):
+    for draw in range(DRAWS[1]):
+        arguments, scale = divmod(draw, len(SCALES))
         if case is not None:
-            args, kwargs = case.build(draw)
-        for sample in measured(args, kwargs, draw):
+            args, kwargs = case.build(seed + arguments)
+        for sample in measured(_scaled(args, kwargs, SCALES[scale]), [seed, draw]):
             pools.setdefault(sample.what, []).append(sample)
-        if draw - seed + 1 >= DRAWS[0] and all(
+        if draw + 1 >= DRAWS[0] and all(
             len(pool) * pool[0].truth.size >= POOL for pool in pools.values()
         ):
             break
@@ -154,14 +158,14 @@ class _Measure:
         self.run_rule = jax.jit(_value_and_cotangents(f), static_argnums=0)
         self.run_reference = jax.jit(_value_and_cotangents(reference), static_argnums=0)
 
-    def __call__(self, args: tuple, kwargs: dict, seed: int) -> list[_Sample]:
-        layout, floating, fixed = split(args, kwargs)
+    def __call__(self, arguments: "Arguments", seed: list[int]) -> list[_Sample]:
+        layout, floating, fixed = arguments
         double = any(v.dtype in (np.float64, np.complex128) for v in floating.values())
         with jax.enable_x64(True) if double else contextlib.nullcontext():
             y = jax.eval_shape(
                 lambda *arrays: layout.call(self.reference, *arrays), floating, fixed
             )
-            dy = _cotangents(y, np.random.default_rng([seed, 17])) if self.cotangents else None
+            dy = _cotangents(y, np.random.default_rng([*seed, 17])) if self.cotangents else None
             rule = self.run_rule(layout, floating, fixed, dy)
             autodiff = self.run_reference(layout, floating, fixed, dy)
         with jax.enable_x64(True):
@@ -217,8 +221,16 @@ class _Static(NamedTuple):
     leaf: Any
 
 
-def split(args: tuple, kwargs: dict[str, Any]) -> tuple[Layout, dict[str, Any], list[Any]]:
-    """`(layout, floating arrays by name, other arrays)` of a call."""
+class Arguments(NamedTuple):
+    """The arguments of a call: where they belong, the floating arrays by name, the other arrays."""
+
+    layout: Layout
+    floating: dict[str, Any]
+    fixed: list[Any]
+
+
+def split(args: tuple, kwargs: dict[str, Any]) -> Arguments:
+    """Takes the arguments of a call apart."""
     leaves, tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
     entries, floating, fixed = [], {}, []
     for path, leaf in leaves:
@@ -230,7 +242,14 @@ def split(args: tuple, kwargs: dict[str, Any]) -> tuple[Layout, dict[str, Any], 
         else:
             entries.append(len(fixed))
             fixed.append(leaf)
-    return Layout(tree, tuple(entries)), floating, fixed
+    return Arguments(Layout(tree, tuple(entries)), floating, fixed)
+
+
+def _scaled(args: tuple, kwargs: dict[str, Any], scale: float) -> Arguments:
+    layout, floating, fixed = split(args, kwargs)
+    if scale != 1:
+        floating = {n: (v * scale).astype(v.dtype) for n, v in floating.items()}
+    return Arguments(layout, floating, fixed)
 
 
 def _name(path: Sequence[Any]) -> str:

@@ -10,9 +10,10 @@ composes them in `combine.py`.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 from jaxtyping import PRNGKeyArray, PyTree
@@ -33,7 +34,8 @@ class Recorder(Protocol):
 _recorder: ContextVar[Recorder | None] = ContextVar("funcbp_recorder", default=None)
 
 
-class Layer(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
     """A pure layer: `init(key, *specs)` and `apply(params, state, *inputs, key, train)`.
 
     Args:
@@ -59,10 +61,7 @@ class Layer(NamedTuple):
     name: str = "layer"
 
     def __call__(self, params: PyTree, *inputs: Any) -> Any:
-        """The output at inference, of a layer without state.
-
-        To jit it, name the method, `jax.jit(model.__call__)`: jit needs a weak reference to its
-        function, and a tuple has none.
+        """The output at inference, of a layer without state; `jax.jit(model)` compiles it.
 
         Raises:
             InputError: the layer keeps state.

@@ -238,11 +238,11 @@ def test_jit_of_init_and_of_the_model(key):
     model = serial(dense(4), residual(dense(4)))
     params, _ = jax.jit(model.init)(key, X)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, model.init(key, X)[0])
-    assert jax.jit(model.__call__)(params, X).shape == (3, 4)
+    assert jax.jit(model)(params, X).shape == (3, 4)
 
 
 def test_children_are_named_in_the_program(key):
     model = serial(dense(4), residual(dense(4)))
     params, _ = model.init(key, SPEC)
-    text = jax.jit(model.__call__).lower(params, X).as_text(debug_info=True)
+    text = jax.jit(model).lower(params, X).as_text(debug_info=True)
     assert "serial/residual_0/dense_0" in text
