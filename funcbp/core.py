@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jaxtyping
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from funcbp.case import Case
@@ -209,7 +210,7 @@ class Op:
 
         def forward(*arrays):
             y, saved = self._forward(arrays, static)
-            return y, _Residuals(saved, tuple(map(_Primal.of, arrays)))
+            return y, _Residuals(saved, tuple(map(_Primal.of, arrays)), _origins(arrays, saved))
 
         def backward(residuals, dy):
             return self._backward(residuals, dy, static)
@@ -249,8 +250,9 @@ class Op:
 
     def _backward(self, residuals: "_Residuals", dy: Any, static: dict[str, Any]) -> tuple:
         primals = residuals.primals
+        avals = [a for p in primals for a in p.floating()]
 
-        def leaves(saved, dy):
+        def pullback(saved, dy):
             dargs = self.bwd(saved, dy, **static)
             if not isinstance(dargs, tuple) or len(dargs) != len(self.arrays):
                 got = (
@@ -266,30 +268,90 @@ class Op:
                 for leaf in p.cotangents(d, f"bwd of {self.name}: cotangent of {n}")
             ]
 
-        avals = [a for p in primals for a in p.floating()]
+        def fitted(saved, dy):
+            return [_fit(d, a) for d, a in zip(pullback(saved, dy), avals, strict=True)]
+
         if any(a.sharding.mesh.explicit_axes for a in avals):
             shardings = [a.sharding for a in avals]
-            automatic: Callable = jax.sharding.auto_axes(leaves, out_sharding=shardings)
+            automatic: Callable = jax.sharding.auto_axes(fitted, out_sharding=shardings)
             flat = automatic(residuals.saved, dy)
         else:
-            flat = leaves(residuals.saved, dy)
+            leaves = jax.tree.leaves((residuals.saved, dy))
+            if residuals.origins is not None and any(isinstance(x, Tracer) for x in leaves):
+                pullback = self._twice(pullback, residuals, leaves, static)
+            flat = fitted(residuals.saved, dy)
         rest = iter(flat)
         return tuple(p.rebuilt(rest) for p in primals)
+
+    def _twice(
+        self, pullback: Callable, residuals: "_Residuals", leaves: list, static: dict[str, Any]
+    ) -> Callable:
+        """`pullback`, whose own derivative is that of plain's pullback.
+
+        A rule made for the first derivative may lose digits in the second, or hold a loop that
+        reverse mode cannot transpose. Where it saved its arguments, plain's derivative is at hand.
+        """
+        if any(leaf.dtype == jax.dtypes.float0 for leaf in leaves):
+            return pullback  # an output without derivative: custom_jvp takes no float0
+        axes = frozenset().union(*(_varying(jax.typeof(leaf)) for leaf in leaves))
+
+        def everywhere(tree):
+            return jax.tree.map(lambda leaf: _vary(leaf, axes), tree)
+
+        def reference(arrays, dy):
+            def value(*arrays):
+                return self.apply(self.plain, self._named(arrays), static)
+
+            cotangents = jax.vjp(value, *arrays)[1](dy)
+            return [d for d in jax.tree.leaves(cotangents) if d.dtype != jax.dtypes.float0]
+
+        @jax.custom_jvp
+        def twice(saved, dy):
+            return everywhere(pullback(saved, dy))
+
+        @twice.defjvp
+        def _(primals, tangents):
+            (saved, dy), (dsaved, ddy) = everywhere(primals), everywhere(tangents)
+            return twice(*primals), jax.jvp(
+                reference,
+                (residuals.arguments(saved), dy),
+                (residuals.arguments(dsaved), ddy),
+            )[1]
+
+        return twice
 
 
 @jax.tree_util.register_pytree_node_class
 class _Residuals:
-    """What the rule saved, and the static types of its primals."""
+    """What the rule saved, the static types of its primals, and where they are among the saved.
 
-    def __init__(self, saved: Any, primals: tuple["_Primal", ...]):
-        self.saved, self.primals = saved, primals
+    `origins` holds for each leaf of the arguments its place among the leaves saved, and is None
+    when one of them was not saved.
+    """
+
+    def __init__(self, saved: Any, primals: tuple["_Primal", ...], origins: tuple[int, ...] | None):
+        self.saved, self.primals, self.origins = saved, primals, origins
 
     def tree_flatten(self):
-        return (self.saved,), self.primals
+        return (self.saved,), (self.primals, self.origins)
 
     @classmethod
-    def tree_unflatten(cls, primals, children):
-        return cls(children[0], primals)
+    def tree_unflatten(cls, static, children):
+        return cls(children[0], *static)
+
+    def arguments(self, saved: Any) -> tuple:
+        """The rule's arguments (or their tangents), taken out of what it saved."""
+        leaves = jax.tree.leaves(saved)
+        rest = iter([leaves[i] for i in self.origins or ()])
+        return tuple(
+            jax.tree.unflatten(p.tree, [next(rest) for _ in p.avals]) for p in self.primals
+        )
+
+
+def _origins(arrays: tuple, saved: Any) -> tuple[int, ...] | None:
+    places = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(saved))}
+    found = [places.get(id(leaf)) for leaf in jax.tree.leaves(arrays)]
+    return None if None in found else tuple(i for i in found if i is not None)
 
 
 class _Primal(NamedTuple):
@@ -313,7 +375,7 @@ class _Primal(NamedTuple):
         else:
             leaves = _flatten_up_to(self.tree, argument, what)
         return [
-            _fit(leaf, aval, what)
+            _typed(leaf, aval, what)
             for leaf, aval in zip(leaves, self.avals, strict=True)
             if jnp.issubdtype(aval.dtype, jnp.inexact)
         ]
@@ -330,22 +392,32 @@ def _flatten_up_to(tree: Any, argument: Any, what: str) -> list[Any]:
         raise TypeError(f"{what} must have its primal's tree {tree}; {error}") from None
 
 
-def _fit(cotangent: Any, aval: Any, what: str) -> jax.Array:
-    """The cotangent in its primal's dtype, varying over the mesh axes its primal varies over."""
+def _typed(cotangent: Any, aval: Any, what: str) -> jax.Array:
     if cotangent is None:
         cotangent = jnp.zeros(aval.shape, aval.dtype)
     cotangent = jnp.asarray(cotangent)
     if cotangent.shape != aval.shape:
         raise TypeError(f"{what} must have its primal's shape {aval.shape}, got {cotangent.shape}")
-    cotangent = cotangent.astype(aval.dtype)
-    varies, primal = _varying(jax.typeof(cotangent)), _varying(aval)
+    return cotangent.astype(aval.dtype)
+
+
+def _fit(cotangent: jax.Array, aval: Any) -> jax.Array:
+    """The cotangent, varying over the mesh axes that its primal varies over."""
+    primal = _varying(aval)
     # A primal that is the same on every device of an axis was broadcast to them: its cotangent is
     # the sum over that axis, which plain JAX code gets by transposing the broadcast.
-    if varies - primal:
-        cotangent = jax.lax.psum(cotangent, tuple(sorted(varies - primal)))
-    if primal - varies:
-        cotangent = jax.lax.pcast(cotangent, tuple(sorted(primal - varies)), to="varying")
-    return cotangent
+    surplus = _varying(jax.typeof(cotangent)) - primal
+    if surplus:
+        cotangent = jax.lax.psum(cotangent, tuple(sorted(surplus)))
+    return _vary(cotangent, primal)
+
+
+def _vary(leaf: Any, axes: frozenset) -> Any:
+    """The same array, with a type that varies over at least these axes."""
+    if leaf.dtype == jax.dtypes.float0:
+        return leaf
+    missing = axes - _varying(jax.typeof(leaf))
+    return jax.lax.pcast(leaf, tuple(sorted(missing)), to="varying") if missing else leaf
 
 
 def _varying(aval: Any) -> frozenset:

@@ -14,7 +14,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0 }
 th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid var(--line) }
-th { font-weight: 600 } td.number { text-align: right; font-variant-numeric: tabular-nums }
+th { font-weight: 600 }
+td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 .bad { color: var(--bad); font-weight: 600 } .good { color: var(--good) }
 pre { overflow-x: auto; padding: .6rem; border: 1px solid var(--line) } svg { max-width: 100% }
 """

@@ -149,3 +149,23 @@ def test_labels_out_of_range():
     grads = jax.grad(lambda x: loss(x, labels).sum())(logits)
     np.testing.assert_allclose(grads[:2], 0.25)
     np.testing.assert_allclose(grads[2], [0.25, 0.25, 0.25, -0.75])
+
+
+def test_second_derivatives_of_a_rule_with_a_loop():
+    """Reverse mode cannot transpose the loop of bwd: plain gives the second derivative."""
+
+    def plain(x: Float[Array, " n"]):
+        return x**3
+
+    def bwd(x, dy):
+        def times(carry):
+            return carry[0] + 1, carry[1] * x
+
+        return (jax.lax.while_loop(lambda c: c[0] < 2, times, (0, 3 * dy))[1],)
+
+    cube = op(plain, lambda x: (plain(x), x), bwd, name="cube")
+    slope = jax.grad(lambda x: cube(x).sum())
+    assert compare(cube, X).ok
+    np.testing.assert_allclose(jax.grad(lambda x: slope(x).sum())(X), 6 * X, rtol=1e-6)
+    np.testing.assert_allclose(jax.jvp(slope, (X,), (X,))[1], 6 * X**2, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.hessian(lambda x: cube(x).sum()))(X), np.diag(6 * X))
