@@ -19,7 +19,7 @@ from funcbp.core import InputError, Op
 
 # The error of autodiff on one element may be 0 by luck; its error on many is what the dtype allows.
 # So draws are repeated, at least and at most this often, until this many elements are pooled.
-DRAWS, POOL = (8, 32), 512
+DRAWS, POOL = (8, 128), 512
 # Each draw of the arguments is taken at these scales: as well or badly conditioned, with zeros and
 # ties where they were, but rounded anew.
 SCALES = (1.0, 31 / 32, 15 / 16, 29 / 32)
