@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from funcbp import data, layers, ops, page, train
 from funcbp.check import compare, saved_bytes
@@ -70,13 +72,21 @@ class Result(NamedTuple):
         )
 
     def table(self) -> Table:
-        table = Table(title="Every hand-written rule that the model used, against jax.grad")
-        for i, column in enumerate(COLUMNS):
-            table.add_column(column, justify="right" if 2 <= i <= 6 else "left")
+        table = Table(
+            title="Every hand-written rule that the model used, beside jax.grad",
+            caption="error: largest against float64, in units of the largest element; saved: bytes",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("rule, and its arguments", overflow="fold")
+        for column in ("calls", "error", "jax.grad's", "saved", "jax.grad's"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("verdict", no_wrap=True)
         for row in self.rules:
             style = "green" if row.verdict == "right" else "bold red"
-            cells = [page.number(v) if not isinstance(v, str) else v for v in row]
-            table.add_row(*cells[:-1], f"[{style}]{row.verdict}[/]")
+            name = Text(row.rule, "bold").append(f"\n{row.shape}", "not bold dim")
+            numbers = [page.number(v) for v in row if not isinstance(v, str)]
+            table.add_row(name, *numbers, Text(row.verdict, style))
         return table
 
 
