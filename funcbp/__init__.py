@@ -4,6 +4,9 @@ from funcbp import check as check
 from funcbp import layers as layers
 from funcbp import ops as ops
 from funcbp.case import Case as Case
+from funcbp.check import audit as audit
+from funcbp.check import check_rule as check_rule
+from funcbp.check import surrogate as surrogate
 from funcbp.core import InputError as InputError
 from funcbp.core import Op as Op
 from funcbp.core import autodiff as autodiff

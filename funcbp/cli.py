@@ -52,6 +52,71 @@ def demo(
 
 
 @app.command()
+def audit(
+    function: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FUNCTION",
+            help="What to audit. MODULE is dotted, or a path to a .py file.",
+        ),
+    ],
+    args: Annotated[
+        str,
+        typer.Option(
+            "--args",
+            metavar="MODULE:NAME",
+            help="Its arguments: a tuple, a dict of arguments by name, or a function without "
+            "arguments that returns one.",
+        ),
+    ],
+    expect: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RULE=VERDICT",
+            help="What is deliberate, as in spike=surrogate. May be given several times.",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Judge the values seen and nothing else.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is random.")] = 0,
+    json_file: Json = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write the report here as a page.")
+    ] = None,
+    test_file: Annotated[
+        Path | None,
+        typer.Option("--write-test", help="Write a pytest file here that fails for what is wrong."),
+    ] = None,
+) -> None:
+    """Find every custom gradient that a function calls, and say which are wrong, where and why.
+
+    Exits with 0 if none is wrong, with 1 if one is, with 2 if the audit could not run.
+    """
+    from funcbp import page
+    from funcbp.check import command
+
+    arrays = test_file.with_suffix(".npz") if test_file is not None else None
+    for path in (json_file, html_file, test_file, arrays):
+        page.require_writable(path)
+    report = command.run(function, args, expect=expect or (), thorough=not quick, seed=seed)
+    console = Console()
+    # A pipe gets lines of text that end where they end, without padding.
+    console.print(report) if console.is_terminal else print(report)
+    if json_file is not None:
+        report.to_json(json_file)
+    if html_file is not None:
+        report.to_html(html_file)
+    if test_file is not None:
+        tests = report.write_test(test_file)
+        count = "1 test fails" if len(tests) == 1 else f"{len(tests)} tests fail"
+        said = f"{count} today: {test_file}" if tests else "nothing is wrong: no test is written"
+        console.print(said, soft_wrap=True, highlight=False)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Ops; all by default.")] = None,
 ) -> None:
@@ -88,7 +153,7 @@ def main() -> None:
 
 
 def _refuse(reason: object) -> int:
-    print(f"funcbp: {reason}", file=sys.stderr)
+    print(f"funcbp: {' '.join(str(reason).split())}", file=sys.stderr)
     return 2
 
 

@@ -220,7 +220,8 @@ class Op:
             function.__qualname__ = function.__name__
             function.__module__ = self.__module__
         primal.__name__ = primal.__qualname__ = self.name
-        backward.op = self  # lets the auditor and the ledger name the rule they meet
+        # Lets the auditor and the ledger name the rule they meet.
+        backward.op, forward.static = self, static
         rule = jax.custom_vjp(primal)
         rule.defvjp(forward, backward)
         return rule
@@ -318,6 +319,7 @@ class Op:
                 (residuals.arguments(dsaved), ddy),
             )[1]
 
+        setattr(twice, "unaudited", True)  # noqa: B010 (what it compares with is the truth)
         return twice
 
 

@@ -173,8 +173,8 @@ class _Measure:
         return [
             _Sample(
                 what,
-                _wide(rule[what]),
-                _wide(autodiff[what]),
+                widened(rule[what]),
+                widened(autodiff[what]),
                 np.asarray(truth[what]),
                 rule[what].dtype,
             )
@@ -237,8 +237,8 @@ def split(args: tuple, kwargs: dict[str, Any]) -> Arguments:
         if not isinstance(leaf, jax.Array | np.ndarray):
             entries.append(_Static(leaf))
         elif _inexact(leaf):
-            entries.append(_name(path))
-            floating[_name(path)] = jnp.asarray(leaf)
+            entries.append(named(path))
+            floating[named(path)] = jnp.asarray(leaf)
         else:
             entries.append(len(fixed))
             fixed.append(leaf)
@@ -252,7 +252,7 @@ def _scaled(args: tuple, kwargs: dict[str, Any], scale: float) -> Arguments:
     return Arguments(layout, floating, fixed)
 
 
-def _name(path: Sequence[Any]) -> str:
+def named(path: Sequence[Any]) -> str:
     """`argument 0`, or `where` for a keyword; `argument 0['w']` for a leaf inside one."""
     keyword = path[0].idx == 1
     first = path[1]
@@ -293,7 +293,7 @@ def _promoted(tree: Any) -> Any:
     return jax.tree.map(promote, tree)
 
 
-def _wide(v: Any) -> np.ndarray:
+def widened(v: Any) -> np.ndarray:
     v = np.asarray(v)
     return v.astype(np.complex128 if np.iscomplexobj(v) else np.float64)
 
@@ -304,7 +304,7 @@ def _judge(pool: list[_Sample]) -> Row:
     if not pool[0].truth.size:
         return Row(what, shape, str(dtype), 0.0, 0.0, 0.0, (), 0.0, 0.0)
     rule, autodiff, truth = (np.stack([np.ravel(s[i]) for s in pool]) for i in (1, 2, 3))
-    error, error_of_autodiff = _distance(rule, truth), _distance(autodiff, truth)
+    error, error_of_autodiff = distance(rule, truth), distance(autodiff, truth)
     excess = error / allowed(error_of_autodiff, truth, dtype)
     scale = np.max(np.abs(truth), initial=0.0, where=np.isfinite(truth)) or 1.0
     at = np.unravel_index(np.argmax(excess), excess.shape)
@@ -321,12 +321,12 @@ def _judge(pool: list[_Sample]) -> Row:
     )
 
 
-def _distance(got: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def distance(got: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """|got - truth|, 0 where both are nan or the same infinity, infinite where only one is."""
     with np.errstate(invalid="ignore"):
-        distance = np.abs(got - truth)
+        apart = np.abs(got - truth)
     same = (got == truth) | (np.isnan(got) & np.isnan(truth))
-    return np.where(same, 0.0, np.where(np.isfinite(distance), distance, np.inf))
+    return np.where(same, 0.0, np.where(np.isfinite(apart), apart, np.inf))
 
 
 def allowed(error_of_autodiff: np.ndarray, truth: np.ndarray, dtype: Any) -> np.ndarray:

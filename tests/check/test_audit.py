@@ -1,0 +1,254 @@
+"""The audit of whole functions: what it finds, where, and that nothing stops it."""
+
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import funcbp
+from funcbp import InputError, layers, ops, train
+from funcbp.check import CAUSES, WrongRule
+
+
+@jax.custom_vjp
+def halved(x):
+    """x^2 whose rule forgets the 2."""
+    return x * x
+
+
+def halved_fwd(x):
+    return x * x, x
+
+
+def halved_bwd(x, dy):
+    return (x * dy,)
+
+
+halved.defvjp(halved_fwd, halved_bwd)
+
+
+@jax.custom_vjp
+def cubed(x):
+    return x**3
+
+
+cubed.defvjp(lambda x: (x**3, x), lambda x, dy: (3 * x * x * dy,))
+
+
+@jax.custom_jvp
+def softened(x):
+    return jnp.sqrt(x * x + 1)
+
+
+@softened.defjvp
+def softened_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    y = softened(x)
+    return y, dx * y / x  # upside down
+
+
+X = jnp.array([0.5, -1.25, 2.0])
+
+
+def in_jit(x):
+    return jax.jit(halved)(x).sum()
+
+
+def in_scan(x):
+    return jax.lax.scan(lambda c, v: (c + halved(v), None), 0.0, x)[0]
+
+
+def in_while(x):
+    return jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, halved(c[1])), (0, x))[1]
+
+
+def in_cond(x):
+    return jax.lax.cond(x.sum() > 0, halved, lambda v: v, x)
+
+
+def in_vmap(x):
+    return jax.vmap(halved)(x)
+
+
+def in_checkpoint(x):
+    return jax.grad(lambda v: jax.checkpoint(halved)(v).sum())(x)
+
+
+def in_shard_map(x):
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.shard_map(halved, mesh=mesh, in_specs=P("i"), out_specs=P("i"))(x)
+
+
+def in_another_rule(x):
+    @jax.custom_vjp
+    def outer(v):
+        return halved(v) + 1
+
+    outer.defvjp(lambda v: (outer(v), v), lambda v, dy: (2 * v * dy,))
+    return outer(x)
+
+
+def in_a_gradient(x):
+    return jax.jit(jax.value_and_grad(lambda v: jnp.sum(halved(v))))(x)
+
+
+@pytest.mark.parametrize(
+    ("f", "inside"),
+    [
+        (in_jit, "jit"),
+        (in_scan, "scan"),
+        (in_while, "while"),
+        (in_cond, "cond"),
+        (in_vmap, "vmap"),
+        (in_checkpoint, "checkpoint"),
+        (in_shard_map, "shard_map"),
+        (in_another_rule, ""),
+        (in_a_gradient, "grad"),
+    ],
+)
+def test_a_rule_is_found_wherever_it_is_called(f, inside):
+    report = funcbp.audit(f, X, thorough=False)
+    (finding,) = report.wrong
+    assert not report.ok and finding.rule.startswith("halved (") and "test_audit.py" in finding.rule
+    assert finding.cause == "scale" and finding.argument == "x" and "0.5" in finding.message
+    assert any(f"in {f.__name__}" in w and inside in w for w in finding.where), finding.where
+    with pytest.raises(WrongRule, match="halved"):
+        report.raise_if_wrong()
+
+
+def test_calls_of_one_rule_are_one_finding():
+    def f(x):
+        for _ in range(3):
+            x = cubed(x)
+        return softened(x) + halved(x)
+
+    report = funcbp.audit(f, X / 2)
+    assert {g.rule.split()[0]: g.verdict for g in report.findings} == {
+        "halved": "wrong",
+        "softened": "wrong",
+        "cubed": "right",
+    }
+    assert report.wrong == report.findings[:2]
+    right = report.findings[-1]
+    assert right.errors["x"]["rule"] < 1e-5
+    assert all(g.cause is None or g.cause in CAUSES for g in report.findings)
+    assert report.to_json()["findings"][0]["verdict"] == "wrong"
+
+
+def test_a_whole_training_step_with_donated_buffers():
+    model = layers.serial(
+        layers.dense(6, activation="gelu"),
+        layers.lift(halved, name="halved"),
+        layers.dropout(0.2),
+        layers.dense(3),
+    )
+    x, labels = jnp.ones((4, 5)) * jnp.arange(4.0)[:, None], jnp.arange(4) % 3
+    optimizer = optax.adam(1e-3)
+    loss = train.supervised(model, ops.softmax_cross_entropy_with_integer_labels)
+    state = train.init_state(model, optimizer, jax.random.key(0), x)
+    step = train.make_step(loss, optimizer)
+    report = funcbp.audit(step, state, (x, labels), thorough=False)
+    assert [g.rule.split()[0] for g in report.wrong] == ["halved"]
+    names = {g.rule.split()[0] for g in report.findings if g.verdict == "right"}
+    loss_name = "softmax_cross_entropy_with_integer_labels"
+    assert {"dense", "linear", "dropout", loss_name} <= names
+    # The caller's own state was copied before it was donated.
+    assert np.isfinite(jax.tree.leaves(state.params)[0]).all()
+
+
+def test_what_is_meant_is_said():
+    @funcbp.surrogate
+    @jax.custom_vjp
+    def marked(x):
+        return x * x
+
+    marked.defvjp(halved_fwd, halved_bwd)
+    assert funcbp.audit(marked, X).findings[0].verdict == "surrogate"
+    expected = funcbp.audit(halved, X, expect={"halved": "surrogate"})
+    assert expected.ok and "caller" in expected.findings[0].message
+    with pytest.raises(InputError, match="must be one of right, wrong, surrogate"):
+        funcbp.audit(halved, X, expect={"halved": "fine"})
+
+
+def test_nothing_stops_it():
+    @jax.custom_vjp
+    def unsettled(x):
+        return x * 2
+
+    def refuse(x, dy):
+        raise RuntimeError("not today")
+
+    unsettled.defvjp(lambda x: (x * 2, x), refuse)
+    report = funcbp.audit(lambda x: unsettled(x) + cubed(x), X)
+    verdicts = {g.rule.split()[0].rpartition(".")[2]: g for g in report.findings}
+    assert verdicts["cubed"].verdict == "right"
+    assert verdicts["unsettled"].verdict == "unchecked"
+    assert "not today" in verdicts["unsettled"].message
+    assert funcbp.audit(jnp.sin, X).findings == ()
+
+
+def test_bad_input_says_what_must_hold():
+    def fails(x):
+        raise KeyError("w")
+
+    with pytest.raises(InputError, match="audit needs a function that runs, .*fails raised Key"):
+        funcbp.audit(fails, X)
+    with pytest.raises(InputError, match="one argument at least must be a floating point array"):
+        funcbp.check_rule(cubed, 3)
+
+
+def test_a_function_against_its_reference():
+    def steep(x):
+        return jnp.exp(2 * x)
+
+    assert funcbp.check_rule(steep, X, reference=lambda x: jnp.square(jnp.exp(x))).ok
+    wrong = funcbp.check_rule(lambda x: jnp.sin(x), X, reference=jnp.cos)
+    assert wrong.findings[0].verdict == "wrong" and wrong.findings[0].cause == "value"
+
+
+def test_callbacks_and_scatters_without_derivative_are_judged_by_differences():
+    def host(x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.pure_callback(np.sin, shape, x, vmap_method="expand_dims")
+
+    def made(sign):
+        @jax.custom_vjp
+        def sine(x):
+            return host(x)
+
+        sine.defvjp(lambda x: (host(x), x), lambda x, dy: (sign * dy * jnp.cos(x),))
+        return sine
+
+    assert funcbp.check_rule(made(1), X).findings[0].verdict == "right"
+    (finding,) = funcbp.check_rule(made(-1), X).findings
+    assert (finding.verdict, finding.cause, finding.argument) == ("wrong", "sign", "x")
+
+
+def test_large_calls_are_judged_smaller_and_say_so():
+    @jax.custom_vjp
+    def product(a, b):
+        return a @ b
+
+    product.defvjp(
+        lambda a, b: (a @ b, (a, b)),
+        lambda saved, dy: (dy @ saved[1].T, saved[0].T @ dy * 1.01),
+    )
+    a, b = jnp.ones((2048, 1500)), jnp.ones((1500, 700))
+    (finding,) = funcbp.audit(product, a, b).findings
+    assert (finding.verdict, finding.cause, finding.argument) == ("wrong", "scale", "b")
+    assert "4,122,000 elements" in " ".join(finding.notes)
+    assert max(np.size(v) for v in finding.args) < 1000
+
+
+def test_the_watch_leaves_nothing_behind():
+    before = jax.custom_vjp.__call__, jax.custom_jvp.__call__
+    f = jax.jit(lambda x: cubed(x) + softened(x))
+    text = str(jax.make_jaxpr(f)(X))
+    funcbp.audit(f, X, thorough=False)
+    gc.collect()
+    assert (jax.custom_vjp.__call__, jax.custom_jvp.__call__) == before
+    assert str(jax.make_jaxpr(f)(X)) == text and "callback" not in text

@@ -1,0 +1,85 @@
+"""Custom rules of installed packages, as their users call them: none is called wrong that is right.
+
+What the auditor found wrong there stands in `examples/found_in_the_wild.py`.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen
+
+import funcbp
+
+RNG = np.random.default_rng(2)
+X = jnp.asarray(RNG.standard_normal((4, 5)), jnp.float32)
+P = jnp.exp(0.3 * X)
+U = jax.nn.sigmoid(X)
+A = X[:, :4]
+S = A @ A.T + jnp.eye(4)
+
+
+def attention(q):
+    return jax.nn.dot_product_attention(*[q.reshape(1, 4, 1, 5)] * 3)
+
+
+def cube_root(a):
+    def solve(f, x):
+        return jax.lax.fori_loop(0, 40, lambda i, x: x - f(x) / (3 * x * x), x)
+
+    return jax.lax.custom_root(lambda x: x**3 - a, a, solve, lambda g, y: y / g(1.0))
+
+
+def conjugate_gradients(b):
+    return jax.scipy.sparse.linalg.cg(lambda v: S @ v, b)[0]
+
+
+def ctc(logits):
+    labels = jnp.array([[1, 2]])
+    return optax.ctc_loss(logits[None], jnp.zeros((1, 4)), labels, jnp.zeros((1, 2)))
+
+
+def layer(x):
+    module = linen.LayerNorm()
+    return module.apply(module.init(jax.random.key(0), x), x)
+
+
+def mlp(x):
+    model = eqx.nn.MLP(5, 3, 8, 1, jax.nn.gelu, key=jax.random.key(0))
+    return jax.vmap(model)(x)
+
+
+CALLS = {
+    "jax.nn.relu": (jax.nn.relu, X),
+    "jax.nn.silu": (jax.nn.silu, X),
+    "jax.nn.gelu": (jax.nn.gelu, X),
+    "jax.nn.softmax": (jax.nn.softmax, X),
+    "jax.nn.logsumexp": (jax.nn.logsumexp, X),
+    "jax.nn.softplus": (jax.nn.softplus, X),
+    "jax.nn.dot_product_attention": (attention, X),
+    "jnp.logaddexp": (jnp.logaddexp, X, X[::-1]),
+    "jnp.sinc": (jnp.sinc, X),
+    "jnp.linalg.slogdet": (jnp.linalg.slogdet, S),
+    "jax.scipy.special.xlogy": (jax.scipy.special.xlogy, P, P[::-1]),
+    "jax.scipy.special.xlog1py": (jax.scipy.special.xlog1py, P, P[::-1]),
+    "jax.scipy.special.i0e": (jax.scipy.special.i0e, X),
+    "jax.scipy.special.zeta": (jax.scipy.special.zeta, P[0] + 1, P[1]),
+    "jax.lax.custom_root": (cube_root, 2.0),
+    "jax.scipy.sparse.linalg.cg": (conjugate_gradients, X[:, 0]),
+    "optax.sigmoid_binary_cross_entropy": (optax.sigmoid_binary_cross_entropy, X, U),
+    "optax.safe_softmax_cross_entropy": (optax.safe_softmax_cross_entropy, X, jax.nn.softmax(X)),
+    "optax.ctc_loss": (ctc, X),
+    "optax.projections.projection_simplex": (optax.projections.projection_simplex, X[0]),
+    "flax LayerNorm": (layer, X),
+    "equinox MLP": (mlp, X),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_alarm_and_no_crash(name):
+    f, *args = CALLS[name]
+    report = funcbp.audit(f, *args, seconds=4)
+    assert report.ok, report
+    assert all(g.verdict in ("right", "surrogate") for g in report.findings), report
