@@ -12,3 +12,4 @@ from funcbp.core import Op as Op
 from funcbp.core import autodiff as autodiff
 from funcbp.core import op as op
 from funcbp.core import recorded as recorded
+from funcbp.trace import chain_rule as chain_rule

@@ -17,7 +17,7 @@ ALLOWED = {
     "parallel": BASE | {"ops", "layers", "models", "train"},
     "page": BASE,
     "check": BASE | {"ops", "page"},
-    "trace": BASE | {"ops", "page"},
+    "trace": BASE | {"ops", "layers", "page"},
     "bench": BASE | {"ops", "page", "check", "trace"},
 }
 # The commands stand on top of everything.
