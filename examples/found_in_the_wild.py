@@ -4,9 +4,9 @@ The auditor was run on the custom rules of a dozen packages. What follows is wro
 for each, the shortest call that shows it, what the package's rule returns there, and the slope of
 the function itself, by finite differences in float64 (from one side at the end of a domain).
 
-Seen with JAX 0.10.2 and 0.12.0, numpyro 0.22.0, ott-jax 0.6.0, jaxopt 0.8.5,
-tensorflow-probability 0.25.0 and distrax 0.1.9. A package that is not installed is left out, and
-nothing here fails once a rule is repaired: the line then says so.
+Seen with JAX 0.10.2 and 0.12.0 (expn with 0.10.2 alone), numpyro 0.22.0, ott-jax 0.6.0 and jaxopt
+0.8.5. A package that is not installed is left out, and nothing here fails once a rule is repaired:
+the line then says so.
 """
 
 import importlib
@@ -189,7 +189,8 @@ def norm_of_a_zero_row() -> Found | None:
         return None
     rows = jnp.array([[0.0, 0.0], [3.0, 4.0]])
     got = jax.grad(lambda x: utils.norm(x, axis=-1).sum())(rows)[0, 0]
-    return Found("grad of ott norm over rows, in a row of zeros", got, np.clip(got, -1, 1) * 0)
+    right = got if abs(got) <= 1 else 0.0
+    return Found("grad of ott norm over rows, in a row of zeros", got, right)
 
 
 def nothing_to_add() -> Found | None:
@@ -238,69 +239,6 @@ def isotonic() -> Found | None:
     )
 
 
-# tensorflow-probability and distrax. Both look for a table that newer JAX has moved.
-
-
-def _with_old_table(name: str, module: str | None = None) -> Any:
-    interpreters, core = package("jax.interpreters.xla"), package("jax._src.core")
-    if interpreters is None or not hasattr(core, "pytype_aval_mappings"):
-        return None
-    for place in (interpreters, importlib.import_module("jax.core")):
-        if not hasattr(place, "pytype_aval_mappings"):
-            place.pytype_aval_mappings = core.pytype_aval_mappings
-    return package(name, module)
-
-
-def incomplete_beta() -> Found | None:
-    """With a whole number as b the series of the value ends, and the loop with it; that of the
-    derivative does not."""
-    tfp = _with_old_table("tensorflow_probability", "tensorflow_probability.substrates.jax")
-    if tfp is None:
-        return None
-
-    def betainc(a):
-        b, x = jnp.full((), 3.0, a.dtype), jnp.full((), 0.5, a.dtype)
-        return tfp.math.betainc(a, b, x)
-
-    got = jax.grad(betainc)(jnp.float32(2.0))
-    return Found("grad(tfp.math.betainc)(2, 3, 0.5)", got, slope(betainc, 2.0))
-
-
-def small_log_cosh() -> Found | None:
-    """The gradient is right, x, and the value is wrong: |x|, where x²/2 was meant."""
-    tfp = _with_old_table("tensorflow_probability", "tensorflow_probability.substrates.jax")
-    if tfp is None:
-        return None
-    got = tfp.math.log_cosh(jnp.float32(1e-5))
-    return Found("tfp.math.log_cosh(1e-5), the value", got, float(np.log(np.cosh(1e-5))))
-
-
-def beta_function() -> Found | None:
-    """digamma(y) - digamma(x + y): in float32 nothing is left of it at y = 1e8."""
-    tfp = _with_old_table("tensorflow_probability", "tensorflow_probability.substrates.jax")
-    if tfp is None:
-        return None
-
-    def lbeta(y):
-        return 1e8 * tfp.math.lbeta(jnp.full((), 1.3, y.dtype), y)
-
-    got = jax.grad(lbeta)(jnp.float32(1e8))
-    return Found("grad(tfp.math.lbeta, 1)(1.3, 1e8), times 1e8", got, slope(lbeta, 1e8, h=1e5))
-
-
-def power() -> Found | None:
-    """The rule multiplies 0 and log 0."""
-    module = _with_old_table("distrax", "distrax._src.utils.math")
-    if module is None:
-        return None
-    got = jax.grad(module.power_no_nan, 1)(0.0, 2.0)
-
-    def of_exponent(y):
-        return module.power_no_nan(jnp.zeros((), y.dtype), y)
-
-    return Found("grad(distrax power_no_nan, 1)(0, 2)", got, slope(of_exponent, 2.0))
-
-
 CASES: dict[str, tuple[Callable[[], Found | None], ...]] = {
     "jax": (
         determinant,
@@ -316,8 +254,6 @@ CASES: dict[str, tuple[Callable[[], Found | None], ...]] = {
     "numpyro": (power_law_low, power_law_high, power_law_outside),
     "ott-jax": (norm_of_zero, norm_of_a_zero_row, nothing_to_add, smoothing),
     "jaxopt": (isotonic,),
-    "tensorflow-probability": (incomplete_beta, small_log_cosh, beta_function),
-    "distrax": (power,),
 }
 
 
