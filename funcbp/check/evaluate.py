@@ -261,7 +261,7 @@ class Evaluator:
                 if not self.promote:
                     return out
                 return [
-                    r if r.dtype == t else jax.lax.convert_element_type(r, t)
+                    r if jnp.result_type(r) == t else jax.lax.convert_element_type(r, t)
                     for r, t in zip(out, types, strict=True)
                 ]
 

@@ -78,7 +78,7 @@ def _moved(program: Program, point: tuple, truth: np.ndarray, name: str) -> np.n
     eps = max(float(jnp.finfo(d).eps) for _, d in program.types.values())
 
     def nudged(v):
-        return v * (1 + eps * rng.choice([-1.0, 1.0], np.shape(v)))
+        return v * (1 + eps * rng.standard_normal(np.shape(v)))
 
     furthest = np.zeros(truth.shape)
     for _ in range(3):

@@ -282,7 +282,7 @@ def tangent(search: "Search", variant: Variant) -> None:
     plain = value(lambda fl: program.evaluator(*[fl[n] for n in sorted(fl)], *fixed))
     try:
         with program.precision():
-            got = jax.jit(lambda fl, v: jax.jvp(rule, (fl,), (v,))[1])(floating, along)
+            value_there, got = jax.jit(lambda fl, v: jax.jvp(rule, (fl,), (v,)))(floating, along)
         with jax.enable_x64(True):
             exact = jax.jit(lambda fl, v: jax.jvp(plain, (fl,), (v,))[1])(
                 wide, {n: np.asarray(v).astype(wide[n].dtype) for n, v in along.items()}
@@ -290,9 +290,9 @@ def tangent(search: "Search", variant: Variant) -> None:
     except Exception as error:
         search.note(f"no tangent: {type(error).__name__}: {str(error)[:120]}")
         return
-    for g, t in zip(got, exact, strict=True):
-        g, t = widened(g), np.asarray(t)
-        if np.any(~np.isfinite(g) & np.isfinite(t)):
+    for y, g, t in zip(value_there, got, exact, strict=True):
+        y, g, t = widened(y), widened(g), np.asarray(t)
+        if np.any(np.isfinite(y) & ~np.isfinite(g) & np.isfinite(t)):
             message = "the tangent is not finite where the derivative is"
             search.wrong("nonfinite", program.names[0], message, variant)
 

@@ -1,6 +1,6 @@
 """Custom rules whose gradient is meant to be another than the derivative.
 
-Of about two in three the values tell: the true derivative is 0 almost everywhere, or the function
+Of about three in four the values tell: the true derivative is 0 almost everywhere, or the function
 hands its argument on unchanged. For the others it takes the author's word: the decorator, the
 docstring or the name.
 """
