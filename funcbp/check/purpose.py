@@ -25,7 +25,8 @@ def deliberate(
     if search.subject.word:
         search.surrogate(reason(search, "is not the derivative"), variant)
     wrong = {e.argument for e in judgement.wrong}
-    if all(identity(search, program, variant, n) for n in wrong):
+    by_design = not _changes(search, variant)
+    if by_design and all(identity(search, program, variant, n) for n in wrong):
         search.surrogate(
             "its forward pass hands an argument on unchanged: the gradient alone is shaped",
             variant,
@@ -83,6 +84,22 @@ def identity(search: "Search", program: Program, variant: Variant, argument: str
             same.add(argument)
         matched = same if matched is None else matched & same
     return bool(matched) and argument in (matched or ())
+
+
+def _changes(search: "Search", variant: Variant) -> bool:
+    """Whether with other settings the function hands no argument on: x**n is x for one n alone."""
+    _, floating, fixed = split(variant.args, {})
+    for setting in search.subject.settings:
+        subject = search.subject._replace(call=setting.call, primal=setting.primal)
+        try:
+            program = Program(subject, variant.args)
+            value = program.truth(floating, fixed, program.cotangents([0]))[0]
+        except Exception:
+            continue
+        wide = program.promoted(floating).values()
+        if not any(np.array_equal(np.asarray(y), v) for y in value for v in wide):
+            return True
+    return False
 
 
 def _flat(search: "Search", program: Program, variant: Variant, dys: list, argument: str) -> bool:
