@@ -461,6 +461,9 @@ def _weighed(case: _Case) -> Explanation | None:
     error = (case.rule - case.truth).ravel()
     if case.truth.size < 3:
         return None
+    scaled = _rowwise(case)
+    if scaled is not None:
+        return scaled
     for place, other in case.counterfactuals:
         if place.kind == "cut" and _reduced_otherwise(case, other):
             return "wrong_reduction", f"the sum in {place.what} is taken over other axes"
@@ -487,6 +490,8 @@ def _reduced_otherwise(case: _Case, other: np.ndarray) -> bool:
     if term.ndim != 2 or min(term.shape) < 3 or not np.all(np.abs(term) > 1e-6 * size):
         return False
     ratio = got / term
+    if _often_one(case.rule / np.where(case.truth == 0, np.inf, case.truth)):
+        return False  # right on some elements: that is no other sum
     u, s, v = np.linalg.svd(ratio)
     fitted = s[0] * np.outer(u[:, 0], v[0])
     return bool(
@@ -494,7 +499,11 @@ def _reduced_otherwise(case: _Case, other: np.ndarray) -> bool:
     )
 
 
-def _rowwise(case: _Case, judgement: Judgement) -> Explanation | None:
+def _often_one(ratio: np.ndarray) -> bool:
+    return bool(np.mean(np.abs(ratio - 1) < 1e-3) > 0.1)
+
+
+def _rowwise(case: _Case, judgement: Judgement | None = None) -> Explanation | None:
     """Each entry along one axis by a factor of its own."""
     t, r = case.truth, case.rule
     if t.size < 4 or np.iscomplexobj(t):
@@ -505,7 +514,9 @@ def _rowwise(case: _Case, judgement: Judgement) -> Explanation | None:
         if t.size < 3 * t.shape[axis] or not np.all(square):
             continue
         factor = np.sum(t * r, axis=others, keepdims=True) / square
-        if np.all(np.abs(factor) > 1e-3) and case.explains(factor * t):
+        if _often_one(factor) or np.any(np.abs(factor) <= 1e-3):
+            continue
+        if case.explains(factor * t):
             said = ", ".join(f"{f:.4g}" for f in factor.ravel()[:4])
             return "scale", f"along axis {axis} it is {said}{', ...' * (factor.size > 4)} times it"
     return None

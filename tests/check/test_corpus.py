@@ -1,40 +1,50 @@
 """The auditor on rules that it was not written for: no false alarm, and the faults found and named.
 
-A part of the corpus is one test, so that they run side by side, and each part has to reach the
-shares. `python -m check.corpus.score MODULE` shows every entry.
+`python -m check.corpus.score MODULE`, in this folder's parent, shows every entry.
 """
 
 import pytest
-from check.corpus import right, surrogates, wrong_generic, wrong_regimes
-from check.corpus.score import scores
+from check.corpus import holdout, right, surrogates, wrong_generic, wrong_regimes
+from check.corpus.entry import Wrong
+from check.corpus.score import innocent, shown
 
-PARTS = 12
+from funcbp.check import CAUSES
+
 WRONG = wrong_generic.ENTRIES + wrong_regimes.ENTRIES
 FINE = right.ENTRIES + surrogates.ENTRIES
+# Written by other hands, without sight of the auditor or of the rest.
+WRONG = [*WRONG, *(e for e in holdout.ENTRIES if isinstance(e, Wrong))]
+FINE = [*FINE, *(e for e in holdout.ENTRIES if not isinstance(e, Wrong))]
+PARTS = 10
+
+
+def share(scores, what):
+    return sum(getattr(s, what) for s in scores) / len(scores)
 
 
 def test_the_corpus_is_large_enough():
-    from funcbp.check import CAUSES
-
-    assert len(WRONG) >= 100 and len(right.ENTRIES) >= 50 and len(surrogates.ENTRIES) >= 15
+    verdicts = [e.verdict for e in FINE]
+    assert len(WRONG) >= 100
+    assert verdicts.count("right") >= 50 and verdicts.count("surrogate") >= 15
     assert {cause for entry in WRONG for cause in entry.causes} == set(CAUSES)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_right_rules_and_surrogates_are_never_called_wrong(part):
-    done = list(scores(FINE[part::PARTS], brief=True))
+    done = list(shown(FINE[part::PARTS]))
     alarms = [f"{s.name}: {s.finding}" for s in done if s.finding.verdict == "wrong"]
     assert not alarms, "\n".join(alarms)
-    assert sum(s.verdict for s in done) >= 0.95 * len(done)
+    assert share(done, "verdict") >= 0.95
 
 
-@pytest.mark.parametrize("part", range(PARTS))
-def test_wrong_rules_are_found_and_explained(part):
-    done = list(scores(WRONG[part::PARTS], brief=True))
-    shown = [s for s in done if s.call == "shown"]
-    innocent = [s for s in done if s.call == "innocent"]
-    missed = [f"{s.name}: {s.finding}" for s in shown if not s.verdict]
-    assert not missed, "\n".join(missed)
-    assert sum(s.verdict for s in innocent) >= 0.8 * len(innocent)
-    assert sum(s.cause for s in shown) >= 0.85 * len(shown)
-    assert sum(s.argument for s in shown) >= 0.95 * len(shown)
+def test_faults_are_found_where_they_show():
+    done = list(shown(WRONG))
+    missed = [s.name for s in done if not s.verdict]
+    assert share(done, "verdict") >= 0.99, missed
+    assert share(done, "cause") >= 0.85
+    assert share(done, "argument") >= 0.95
+
+
+def test_faults_are_found_from_an_innocent_call():
+    done = list(innocent(WRONG))
+    assert share(done, "verdict") >= 0.8, [s.name for s in done if not s.verdict]
