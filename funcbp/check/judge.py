@@ -124,7 +124,9 @@ def judge(
         dtype = program.types[n][1]
         errors[n] = {"rule": _relative(g, truth[n])}
         if not whole:
-            g = rule[n] = np.where(np.isfinite(g), g, truth[n])
+            known = np.isfinite(g) & np.isfinite(truth[n])
+            g, truth[n] = np.where(known, g, 0), np.where(known, truth[n], 0)
+            rule[n] = g
         unfinite = own and not np.all(np.isfinite(g))
         if not g.size or (_near(g, truth[n], dtype) and not unfinite):
             continue
