@@ -351,8 +351,9 @@ def settings(search: "Search", base: tuple) -> None:
 
 
 def off(got: np.ndarray, truth: np.ndarray) -> float:
-    scale = float(np.max(np.abs(truth), initial=0.0)) or 1.0
-    return float(np.max(np.abs(got - truth), initial=0.0) / scale)
+    with np.errstate(invalid="ignore"):
+        scale = float(np.max(np.abs(truth), initial=0.0)) or 1.0
+        return float(np.max(np.abs(got - truth), initial=0.0) / scale)
 
 
 def _close(a: np.ndarray, b: np.ndarray, dtype: Any, faint: float) -> bool:
