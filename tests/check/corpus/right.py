@@ -2958,20 +2958,6 @@ add(
 
 
 @jax.custom_vjp
-def reflect_pad(x):
-    return jnp.pad(x, ((0, 0), (1, 1)), mode="reflect")
-
-
-def reflect_pad_bwd(like, g):
-    d = g[:, 1:-1]
-    return (d.at[:, 1].add(g[:, 0]).at[:, -2].add(g[:, -1]),)
-
-
-reflect_pad.defvjp(lambda x: (reflect_pad(x), None), reflect_pad_bwd)
-add(reflect_pad, "two columns get more than one cotangent", (normal(270, 3, 5),))
-
-
-@jax.custom_vjp
 def window_at(x, start):
     return jax.lax.dynamic_slice(x, (start,), (3,))
 
