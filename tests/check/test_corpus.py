@@ -48,5 +48,5 @@ def test_faults_are_found_where_they_show():
 
 def test_faults_are_found_from_an_innocent_call():
     done = list(innocent(TAKEN_WRONG))
-    # Of the whole corpus it is 81%; a half of it may have a little less.
+    # The aim is 80%, which 121 of 152 just misses: this bound only keeps what was reached.
     assert share(done, "verdict") >= 0.75, [s.name for s in done if not s.verdict]
