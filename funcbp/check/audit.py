@@ -19,6 +19,7 @@ from funcbp.check.compare import split
 from funcbp.check.evaluate import Evaluator
 from funcbp.check.examine import examine
 from funcbp.check.finding import Finding
+from funcbp.check.hijax import Primitive
 from funcbp.check.report import Origin, Report
 from funcbp.check.subject import subject_at, subject_of
 from funcbp.check.watch import Sighting, plain_name, watching
@@ -185,6 +186,8 @@ def _identity(rule: Any) -> Any:
     op = getattr(getattr(rule, "bwd", None), "op", None)
     if op is not None:
         return id(op)
+    if isinstance(rule, Primitive):
+        return rule.kind
     codes = [
         getattr(getattr(rule, n, None), "__code__", None) or id(getattr(rule, n, None))
         for n in ("fun", "fwd", "bwd", "jvp")
@@ -194,6 +197,8 @@ def _identity(rule: Any) -> Any:
 
 def _closure(rule: Any) -> tuple:
     """What a factory has put into its rule: settings, as far as they can be told apart."""
+    if isinstance(rule, Primitive):
+        return (repr(rule.made.params),)
     cells = []
     for n in ("fun", "fwd", "bwd", "jvp"):
         for cell in getattr(getattr(rule, n, None), "__closure__", None) or ():
@@ -256,7 +261,7 @@ def check_rule(
     """Checks one rule, or one function against a reference.
 
     Args:
-      f: a `jax.custom_vjp`, a `jax.custom_jvp`, an op, or any function.
+      f: a `jax.custom_vjp`, a `jax.custom_jvp`, a primitive of hijax, an op, or any function.
       *args: its arguments, positional.
       reference: the same function without the rule. By default the function that the rule belongs
         to, or `f` itself with every custom rule inside taken out.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
-from funcbp.check.evaluate import Evaluator
+from funcbp.check.evaluate import Evaluator, compiled
 
 __all__ = ["Place", "counterfactuals", "straight_through"]
 
@@ -346,7 +346,7 @@ def counterfactuals(
         rows = np.ones((len(sets), PLACES))
         for row, chosen in zip(rows, sets, strict=True):
             row[chosen] = 0
-        found = np.asarray(jax.jit(lambda rows: jax.lax.map(cotangent, rows))(rows))
+        found = np.asarray(compiled(lambda rows: jax.lax.map(cotangent, rows))(rows))
     return [(places[chosen[0]], f) for chosen, f in zip(sets, found, strict=True)]
 
 

@@ -7,14 +7,14 @@ replaced by the functions that they belong to.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
 
-__all__ = ["Evaluator", "double"]
+__all__ = ["Evaluator", "compiled", "double"]
 
 # The parameters by which primitives name the type of their result.
 DTYPES = ("new_dtype", "dtype", "preferred_element_type", "accumulator_dtype", "out_dtype")
@@ -35,6 +35,15 @@ CALLS = {
 # What runs in its own precision: bits, and code outside of JAX.
 NARROW = {"bitcast_convert_type", "pure_callback", "io_callback", "ffi_call", "pallas_call"}
 SILENT = {"debug_callback", "debug_print"}
+
+
+# XLA's options for programs that run a few times: half the time goes into making code fast.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def compiled(f: Callable) -> Callable:
+    """`jax.jit` that compiles quickly rather than to fast code."""
+    return jax.jit(f, compiler_options=QUICKLY if jax.default_backend() == "cpu" else None)
 
 
 def double(dtype: Any) -> Any:

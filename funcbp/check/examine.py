@@ -5,6 +5,7 @@ import os
 import re
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -370,7 +371,10 @@ def examine(
     try:
         if not calls:
             raise ValueError("it was called, but with no values that could be seen")
-        _run(search, calls, thorough)
+        with warnings.catch_warnings():
+            # Of values that the auditor chose, nobody wants to be warned.
+            warnings.simplefilter("ignore")
+            _run(search, calls, thorough)
     except _Found as found:
         return found.finding
     except Exception as error:
@@ -401,14 +405,15 @@ def _run(search: Search, calls: Sequence[tuple], thorough: bool) -> None:
         search.judge(program, generic, program.cotangents([search.seed, 400]))
         search.note("its function has no derivative in JAX: judged by finite differences alone")
         return
+    long = generic._replace(args=explore.lengthened(generic.args, subject.primal))
     for step in (
         lambda: linear(search, generic),
         lambda: values(search, base),
         lambda: again(search, generic),
-        lambda: tangent(search, generic) if subject.mode == "jvp" else None,
+        lambda: tangent(search, generic) if subject.forward else None,
         lambda: mapped(search, generic),
-        lambda: second(search, generic),
-        lambda: precisions(search, generic.args),
+        lambda: second(search, long),
+        lambda: precisions(search, generic.args, calls[0]),
         lambda: shapes(search, base),
         lambda: settings(search, base),
     ):

@@ -17,7 +17,20 @@ import numpy as np
 
 from funcbp.check.compare import Layout, split
 
-__all__ = ["Variant", "recast", "resampled", "reshaped", "revalued", "shrunk", "unrestricted"]
+__all__ = [
+    "Trait",
+    "Variant",
+    "is_index",
+    "lengthened",
+    "rebuilt",
+    "recast",
+    "resampled",
+    "reshaped",
+    "revalued",
+    "shrunk",
+    "unrestricted",
+    "usual",
+]
 
 SMALL = 600  # elements of the arguments up to which a rule is explored at its own shapes
 ODD = (3, 5, 7, 4, 6, 9)
@@ -138,7 +151,8 @@ class Trait(NamedTuple):
         }
 
 
-def _rebuilt(layout: Layout, floating: dict[str, Any], fixed: list[Any]) -> tuple:
+def rebuilt(layout: Layout, floating: dict[str, Any], fixed: list[Any]) -> tuple:
+    """The arguments of a call from their arrays."""
     return layout.call(lambda *args: args, floating, fixed)
 
 
@@ -149,7 +163,8 @@ def _bound(value: np.ndarray, floating: dict[str, Any]) -> int:
     return min(sizes) if sizes else top + 1
 
 
-def _is_index(v: Any) -> bool:
+def is_index(v: Any) -> bool:
+    """Whether an array may hold indices, labels or lengths."""
     return hasattr(v, "dtype") and jnp.issubdtype(v.dtype, jnp.integer) and np.size(v) > 0
 
 
@@ -161,7 +176,7 @@ def resampled(args: Sequence[Any], seed: int = 0, scale: float | None = None) ->
     if scale is not None:
         traits = {n: t._replace(scale=scale) for n, t in traits.items()}
     new = {n: _cast(t.draw(floating[n].shape, rng), floating[n]) for n, t in traits.items()}
-    return Variant("generic values", "generic", _rebuilt(layout, new, fixed))
+    return Variant("generic values", "generic", rebuilt(layout, new, fixed))
 
 
 def unrestricted(args: Sequence[Any], seed: int = 0) -> tuple:
@@ -169,12 +184,12 @@ def unrestricted(args: Sequence[Any], seed: int = 0) -> tuple:
     layout, floating, fixed = split(tuple(args), {})
     rng = np.random.default_rng([seed, 53])
     new = {n: _cast(rng.standard_normal(v.shape), v) for n, v in floating.items()}
-    return _rebuilt(layout, new, fixed)
+    return rebuilt(layout, new, fixed)
 
 
 def _cast(values: np.ndarray, like: Any) -> jax.Array:
-    with np.errstate(all="ignore"):
-        return jnp.asarray(values, like.dtype)
+    with np.errstate(all="ignore"):  # by numpy, which compiles nothing
+        return jnp.asarray(np.asarray(values).astype(like.dtype))
 
 
 def revalued(args: Sequence[Any], seed: int = 0) -> Iterator[Variant]:
@@ -185,7 +200,7 @@ def revalued(args: Sequence[Any], seed: int = 0) -> Iterator[Variant]:
     base = {n: _cast(t.draw(floating[n].shape, rng), floating[n]) for n, t in traits.items()}
 
     def made(new, ints=fixed):
-        return _rebuilt(layout, new, ints)
+        return rebuilt(layout, new, ints)
 
     yield Variant("generic values", "generic", made(base))
     yield from _whole(floating, fixed, base, made, rng)
@@ -212,7 +227,7 @@ def _whole(
 ) -> Iterator[Variant]:
     """Integers and booleans: ends, repeats, permutations; all, none, one row."""
     for k, v in enumerate(fixed):
-        if _is_index(v):
+        if is_index(v):
             for what, regime, new in _integers(np.asarray(v), floating, rng):
                 ints = [*fixed[:k], jnp.asarray(new, v.dtype), *fixed[k + 1 :]]
                 yield Variant(f"integers {what}", regime, made(base, ints))
@@ -311,6 +326,33 @@ def _some_zeros(v, trait, rng):
     return np.where(rng.random(v.shape) < 0.4, 0.0, v)
 
 
+def _one_at(end: float) -> Callable:
+    def change(v, trait, rng):
+        if "unit" not in trait.kinds or not trait.free() or v.size < 2:
+            return None
+        new = v.copy()
+        new.flat[v.size // 2] = end
+        return new
+
+    return change
+
+
+def _multiple_of_identity(v, trait, rng):
+    if v.ndim < 2 or v.shape[-1] != v.shape[-2] or "complex" in trait.kinds:
+        return None
+    if not trait.kinds & {"symmetric", "definite"}:
+        return None
+    return np.broadcast_to(1.5 * np.eye(v.shape[-1]), v.shape).copy()
+
+
+def _infinite_row(v, trait, rng):
+    if "infinite" not in trait.kinds or v.ndim < 2:
+        return None
+    new = v.copy()
+    new[(0,) * (v.ndim - 1)] = -np.inf
+    return new
+
+
 def _zero_row(v, trait, rng):
     if not trait.free() or v.ndim < 2 or "positive" in trait.kinds:
         return None
@@ -368,7 +410,10 @@ EDGES: tuple[tuple[str, str, Callable], ...] = (
     ("tie", "ties", _ties),
     ("zero", "all zero", _zeros),
     ("zero", "a row of zeros", _zero_row),
+    ("zero", "one value 0", _one_at(0.0)),
+    ("zero", "one value 1", _one_at(1.0)),
     ("tie", "all equal", _equal),
+    ("tie", "a multiple of the identity", _multiple_of_identity),
     ("large", "values 8 times as large", _spread(8.0)),
     ("large", "values 60 times as large", _spread(60.0)),
     ("large", "values 1,000 times as large", _spread(1e3)),
@@ -377,7 +422,14 @@ EDGES: tuple[tuple[str, str, Callable], ...] = (
     ("offset", "values far from 0 beside their spread", _offset),
     ("infinite", "one value -inf", _one_infinite(-1.0)),
     ("infinite", "one value inf", _one_infinite(1.0)),
+    ("infinite", "a row of -inf", _infinite_row),
 )
+
+
+def usual(args: Sequence[Any]) -> bool:
+    """Whether all values are of the sizes that are drawn."""
+    _, floating, _ = split(tuple(args), {})
+    return all(1e-3 <= Trait.of(v).scale <= 30 for v in floating.values())
 
 
 def recast(args: Sequence[Any], dtype: str) -> Variant | None:
@@ -388,8 +440,18 @@ def recast(args: Sequence[Any], dtype: str) -> Variant | None:
         return None
     if all(v.dtype == jnp.dtype(dtype) for v in real.values()):
         return None
-    new = floating | {n: v.astype(dtype) for n, v in real.items()}
-    return Variant(f"values in {dtype}", dtype, _rebuilt(layout, new, fixed))
+    new = floating | {n: _retyped(v, jnp.dtype(dtype)) for n, v in real.items()}
+    return Variant(f"values in {dtype}", dtype, rebuilt(layout, new, fixed))
+
+
+def _retyped(v: Any, dtype: Any) -> jax.Array:
+    """Values in another type; in a wider one with digits that the narrower did not hold."""
+    values, eps = np.asarray(v), float(jnp.finfo(v.dtype).eps)
+    if float(jnp.finfo(dtype).eps) < eps and Trait.of(v).free():
+        digits = np.random.default_rng([v.size, 61]).standard_normal(v.shape)
+        values = values.astype(np.float64) * (1 + eps / 4 * digits)
+    with np.errstate(all="ignore"):
+        return jnp.asarray(values.astype(dtype))
 
 
 class _Axes:
@@ -421,7 +483,7 @@ class _Axes:
             if not _resizable(v):
                 continue
             old = np.asarray(v)
-            if _is_index(v):
+            if is_index(v):
                 _, bound = _range(old, self.floating)
                 held = [sizes.get((n, a), s) for n, a, s in self.places if s == bound]
                 bound = min(held) if held and not _yes_or_no(old) else bound
@@ -429,7 +491,7 @@ class _Axes:
             else:
                 new = rng.random(shape(k, v)) < max(0.5, float(np.mean(old)))
             fixed[k] = jnp.asarray(new, old.dtype)
-        args = _rebuilt(self.layout, floating, fixed)
+        args = rebuilt(self.layout, floating, fixed)
         return args if self.accepts(args) else None
 
     def of_size(self, size: int) -> list[tuple]:
@@ -472,6 +534,17 @@ def shrunk(args: Sequence[Any], primal: Callable) -> tuple:
             return new
     for size in axes.sizes:  # at least the longest axes that can be shortened alone
         new = axes.made(dict.fromkeys(axes.of_size(size), 4), 5)
+        if new is not None:
+            return new
+    return tuple(args)
+
+
+def lengthened(args: Sequence[Any], primal: Callable) -> tuple:
+    """Arguments whose axes of length 1 are longer, where the function takes them; else the same."""
+    axes = _Axes(args, _accepts(primal))
+    ones = axes.of_size(1)
+    for places in (ones, *([place] for place in ones[:4])) if ones else ():
+        new = axes.made(dict.fromkeys(places, 3), 6)
         if new is not None:
             return new
     return tuple(args)

@@ -12,7 +12,7 @@ import numpy as np
 
 from funcbp.check.compare import split
 from funcbp.check.differences import Slope, differentiate
-from funcbp.check.evaluate import Evaluator, double
+from funcbp.check.evaluate import Evaluator, compiled, double
 from funcbp.check.subject import Subject
 
 __all__ = ["Broken", "Program"]
@@ -87,7 +87,7 @@ class Program:
 
     @functools.cached_property
     def _rule(self) -> Callable:
-        return jax.jit(self.eager)
+        return compiled(self.eager)
 
     def eager(self, floating: dict, fixed: list, dys: list) -> tuple[list, dict]:
         """The rule without jit."""
@@ -98,7 +98,7 @@ class Program:
         """Cotangents as the rule gives them in float64; None where it does not take that."""
         try:
             with jax.enable_x64(True):
-                return jax.jit(self.eager)(self.promoted(floating), fixed, dys)[1]
+                return compiled(self.eager)(self.promoted(floating), fixed, dys)[1]
         except Exception:
             return None
 
@@ -109,7 +109,7 @@ class Program:
 
     @functools.cached_property
     def _autodiff(self) -> Callable:
-        return jax.jit(self._derived(Evaluator(self.closed)))
+        return compiled(self._derived(Evaluator(self.closed)))
 
     def truth(self, floating: dict, fixed: list, dys: list) -> tuple[list, dict]:
         """The same in float64; by finite differences where the primal has no derivative in JAX."""
@@ -143,7 +143,7 @@ class Program:
             y = self.evaluator(*[floating[n] for n in sorted(floating)], *fixed)
             return [v for v in y if jnp.issubdtype(v.dtype, jnp.inexact)]
 
-        return jax.jit(run)
+        return compiled(run)
 
     def _differences(self, floating: dict, fixed: list, dys: list, name: str) -> np.ndarray:
         """The cotangent of one argument; nan where the differences do not converge."""
@@ -160,7 +160,7 @@ class Program:
 
     @functools.cached_property
     def _truth(self) -> Callable:
-        return jax.jit(self._derived(self.evaluator))
+        return compiled(self._derived(self.evaluator))
 
     def promoted(self, floating: dict) -> dict:
         """Floating arguments in double."""
@@ -226,7 +226,7 @@ class Program:
 
             return jax.lax.map(difference, ts), size
 
-        return jax.jit(phi)
+        return compiled(phi)
 
     def slope(self, floating: dict, fixed: list, dys: list, at: tuple, unit: complex = 1) -> Slope:
         """The slope of the sum of cotangent times output, along one element of one argument."""

@@ -9,7 +9,7 @@ import numpy as np
 from funcbp.check import explore
 from funcbp.check.compare import split
 from funcbp.check.counterfactual import straight_through
-from funcbp.check.evaluate import Evaluator
+from funcbp.check.evaluate import Evaluator, compiled
 from funcbp.check.explore import Variant
 from funcbp.check.judge import Judgement
 from funcbp.check.program import Program
@@ -143,7 +143,7 @@ def _limit(
     longer = Evaluator(program.closed, promote=True, further=400)
     try:
         with jax.enable_x64(True):
-            run = jax.jit(program._derived(longer))
+            run = compiled(program._derived(longer))
             value, found = run(program.promoted(floating), fixed, dys)
     except Exception:
         return False

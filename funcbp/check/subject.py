@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcbp.check.evaluate import Evaluator
+from funcbp.check.hijax import RULES, Adapter, as_rule
 from funcbp.check.watch import Sighting, completed, location, parameters, plain_name
 from funcbp.core import Op
 
@@ -54,7 +55,7 @@ class Subject(NamedTuple):
     parameters: tuple[str, ...] = ()
     # (arguments, cotangent of the value) -> what bwd itself returns; None where it is not at hand.
     backward: Callable | None = None
-    mode: str = "vjp"
+    forward: bool = False  # whether the rule says what becomes of tangents
     settings: tuple[Setting, ...] = ()
     word: str | None = None  # the author's or the caller's, that it is a surrogate
     # The rule itself, or the op, and its settings: by position for a rule, by name for an op.
@@ -91,19 +92,19 @@ def subject_at(sighting: Sighting, expected: str | None = None) -> Subject:
         word = "it is marked as one"
     else:
         word = declared(doc, name)
-    mode = "jvp" if isinstance(rule, jax.custom_jvp) else "vjp"
+    forward = isinstance(rule, jax.custom_jvp) or getattr(rule, "forward", False)
     # JAX's own rules take settings that their callers do not choose.
     internal = isinstance(op, Op) or getattr(rule.fun, "__module__", "").startswith("jax.")
     settings = () if internal else tuple(_other_settings(sighting))
     own = isinstance(op, Op) or sighting.whole is not None
     names = [] if sighting.whole is not None else names
-    backward = _backward(sighting) if mode == "vjp" and not own else None
+    backward = _backward(sighting) if not forward and not own else None
     if isinstance(op, Op):
         rule, static = op, _settings(rule)
     else:
         static = sighting.static
     return Subject(
-        name, source, call, primal, tuple(names), backward, mode, settings, word, rule, static
+        name, source, call, primal, tuple(names), backward, forward, settings, word, rule, static
     )
 
 
@@ -139,7 +140,7 @@ def _others(value: Any) -> tuple[Any, ...]:
     if isinstance(value, bool):
         return (not value,)
     if isinstance(value, int):
-        return (value + 1, value + 2)
+        return (value + 1, value + 2, *((1,) if 2 <= value <= 4 else ()))
     if isinstance(value, float) and np.isfinite(value):
         if 0 < abs(value) < 0.01:  # a tolerance: with a larger one a solver stops short
             return ()
@@ -155,7 +156,8 @@ def subject_of(
     f: Any, calls: Sequence[tuple], reference: Callable | None = None
 ) -> tuple[Subject, list[tuple]]:
     """A rule given as it is: its subject, and the dynamic arguments of each call."""
-    if isinstance(f, jax.custom_vjp | jax.custom_jvp):
+    f = as_rule(f)
+    if isinstance(f, (*RULES, Adapter)):
         calls = [completed(f, args) for args in calls]
         sightings = [Sighting(f, args, "check_rule") for args in calls]
         subject = subject_at(sightings[0])
@@ -207,7 +209,7 @@ def declared(f: Any, name: str) -> str | None:
         ("its name", name.rpartition(".")[2]),
         ("its docstring", getattr(f, "__doc__", None) or ""),
     ]
-    for attribute in ("fwd", "bwd", "jvp"):
+    for attribute in ("fwd", "bwd", "jvp", "vjp_fwd", "vjp_bwd_retval"):
         rule = getattr(f, attribute, None)
         said = getattr(rule, "__doc__", None) or ""
         parts.append((f"the name of {attribute}", getattr(rule, "__name__", "")))

@@ -1,5 +1,8 @@
 """What is tried on a rule beyond the caller's call: values, shapes, types, transformations."""
 
+import contextlib
+import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -7,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcbp.check import explore
+from funcbp.check.branches import branches
 from funcbp.check.compare import split, widened
 from funcbp.check.diagnose import Explanation
+from funcbp.check.evaluate import compiled
 from funcbp.check.explore import Variant
+from funcbp.check.hijax import Primitive
 from funcbp.check.noise import FLOOR, faintest
 from funcbp.check.program import Broken, Program
 from funcbp.check.purpose import has_value, identity, reason
@@ -19,6 +25,8 @@ if TYPE_CHECKING:
 
 # How far two runs of the same rule may differ, in units of eps**FLOOR.
 AGREE = 32
+# Elements up to which the caller's own values are judged in other types.
+OWN = 50_000
 NOT_LINEAR = "the pullback is not linear"
 
 
@@ -93,7 +101,10 @@ def linear(search: "Search", variant: Variant) -> None:
 def values(search: "Search", base: tuple) -> None:
     """Other values at the same shapes."""
     program = search.program(base)
-    for k, variant in enumerate(explore.revalued(base, search.seed)):
+    chosen = itertools.chain(
+        explore.revalued(base, search.seed), branches(program, base, search.seed)
+    )
+    for k, variant in enumerate(chosen):
         if search.late():
             return
         if has_value(program, variant):
@@ -209,7 +220,7 @@ def _vmapped(
         return pull([jnp.asarray(d, v.dtype) for d, v in zip(dys, y, strict=True)])[0]
 
     with program.precision():
-        return jax.jit(run)(stacked, [np.stack(d) for d in zip(*dys, strict=True)])
+        return compiled(run)(stacked, [np.stack(d) for d in zip(*dys, strict=True)])
 
 
 def second(search: "Search", variant: Variant) -> None:
@@ -227,10 +238,10 @@ def second(search: "Search", variant: Variant) -> None:
 
     try:
         with program.precision():
-            got = jax.jit(lambda fl: derivative(program.eager, fl))(floating)
+            got = compiled(lambda fl: derivative(program.eager, fl))(floating)
         with jax.enable_x64(True):
             run = program._derived(program.evaluator)
-            exact = jax.jit(lambda fl: derivative(run, fl))(wide)
+            exact = compiled(lambda fl: derivative(run, fl))(wide)
             h = 1e-5
             ahead, behind = (
                 program._truth({n: v + s * h * along[n] for n, v in wide.items()}, fixed, dys)
@@ -264,7 +275,7 @@ def second(search: "Search", variant: Variant) -> None:
 
 
 def tangent(search: "Search", variant: Variant) -> None:
-    """A custom_jvp's own tangent, which may be nan where its transpose is not."""
+    """The rule for tangents: nan where its transpose is not, or another than the pullback's."""
     program = search.program(variant.args)
     _, floating, fixed = split(variant.args, {})
     rng = np.random.default_rng([search.seed, 10])
@@ -282,9 +293,9 @@ def tangent(search: "Search", variant: Variant) -> None:
     plain = value(lambda fl: program.evaluator(*[fl[n] for n in sorted(fl)], *fixed))
     try:
         with program.precision():
-            value_there, got = jax.jit(lambda fl, v: jax.jvp(rule, (fl,), (v,)))(floating, along)
+            value_there, got = compiled(lambda fl, v: jax.jvp(rule, (fl,), (v,)))(floating, along)
         with jax.enable_x64(True):
-            exact = jax.jit(lambda fl, v: jax.jvp(plain, (fl,), (v,))[1])(
+            exact = compiled(lambda fl, v: jax.jvp(plain, (fl,), (v,))[1])(
                 wide, {n: np.asarray(v).astype(wide[n].dtype) for n, v in along.items()}
             )
     except Exception as error:
@@ -295,23 +306,53 @@ def tangent(search: "Search", variant: Variant) -> None:
         if np.any(np.isfinite(y) & ~np.isfinite(g) & np.isfinite(t)):
             message = "the tangent is not finite where the derivative is"
             search.wrong("nonfinite", program.names[0], message, variant)
-
-
-def precisions(search: "Search", base: tuple) -> None:
-    """The same values in narrower and wider types."""
-    for dtype in ("bfloat16", "float16", "float32"):
-        if search.late():
-            return
-        variant = explore.recast(base, dtype)
-        if variant is None:
+        # A custom_jvp's pullback is its tangent transposed, and was judged; these have one of each.
+        if not isinstance(search.subject.rule, Primitive) or not np.all(np.isfinite(g)):
             continue
-        try:
-            program = search.program(variant.args)
-            if not has_value(program, variant):
-                continue
-            search.judge(program, variant, program.cotangents([search.seed, 200]))
-        except Broken as broken:
-            search.note(f"{variant.what}: {broken}")
+        if not _close(g, t, program.types[program.names[0]][1], 0.0):
+            ratio = float(np.real(np.vdot(t, g) / np.vdot(t, t))) if np.any(t) else 0.0
+            scaled = _close(g, ratio * t, program.types[program.names[0]][1], 0.0)
+            cause = ("sign" if abs(ratio + 1) < 1e-3 else "scale") if scaled else "unknown"
+            at = np.unravel_index(np.argmax(np.abs(g - t)), g.shape)
+            message = (
+                f"the pullback is right, the rule for tangents is not: along a random direction it "
+                f"gives {shown(g[at])} at {list(map(int, at))} where it should {shown(t[at])}"
+            )
+            search.wrong(cause, None, message, variant)
+
+
+def precisions(search: "Search", base: tuple, own: Sequence[Any]) -> None:
+    """The same values in narrower and wider types; the caller's own too, if others were drawn."""
+    count = sum(np.size(v) for v in jax.tree.leaves(own))
+    drawn = _shapes(own) == _shapes(base) and explore.usual(own)
+    for dtype in ("bfloat16", "float16", "float32", "float64"):
+        wide = jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
+        for args in (base,) if drawn or count > OWN else (base, tuple(own)):
+            with wide:
+                variant = explore.recast(args, dtype)
+                if search.late() or variant is None:
+                    continue
+                try:
+                    _recast(search, args, variant)
+                except Broken as broken:
+                    search.note(f"{variant.what}: {broken}")
+
+
+def _shapes(args: Sequence[Any]) -> list[tuple[int, ...]]:
+    return [np.shape(v) for v in jax.tree.leaves(args)]
+
+
+def _recast(search: "Search", args: tuple, variant: Variant) -> None:
+    program = search.program(variant.args)
+    if not has_value(program, variant):
+        return
+    before = {v.dtype for v in split(args, {}).floating.values()}
+    after = {dtype for _, dtype in program.types.values()}
+    given = {y.dtype for y in program.outputs if jnp.issubdtype(y.dtype, jnp.inexact)}
+    # A function that keeps a type is written for any; one that mixes them may have its reasons.
+    if len(before) == 1 and given == after:
+        search.types(program, variant)
+    search.judge(program, variant, program.cotangents([search.seed, 200]))
 
 
 def shapes(search: "Search", base: tuple) -> None:
@@ -325,6 +366,10 @@ def shapes(search: "Search", base: tuple) -> None:
                 for kind in ("normal", "ones")[: 2 if variant.regime == "long" else 1]:
                     dys = program.cotangents([search.seed, 300 + k], kind)
                     search.judge(program, variant, dys)
+                half = explore.recast(variant.args, "bfloat16")
+                if variant.regime == "long" and half is not None:
+                    half = half._replace(what=f"{variant.what}, in bfloat16")
+                    _recast(search, variant.args, half)
         except Broken:
             continue
 

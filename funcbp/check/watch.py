@@ -1,11 +1,11 @@
 """Finds the custom rules that a function calls, with the values that reach them.
 
-While a watch is open, every call of a `jax.custom_vjp` or `jax.custom_jvp` is noted: the rule, its
-settings, where it was called from and inside which transformations. The values come from a
-callback placed beside the call, so that they are seen inside jit, scan, cond and vmap, and inside
-a function that differentiates, whose jaxpr holds the rules no more. The watch is part of the key of
-JAX's caches: functions that were traced before are traced again for it, and the watched traces are
-not used afterwards.
+While a watch is open, every call of a `jax.custom_vjp`, a `jax.custom_jvp` or a primitive of hijax
+is noted: the rule, its settings, where it was called from and inside which transformations. The
+values come from a callback placed beside the call, so that they are seen inside jit, scan, cond and
+vmap, and inside a function that differentiates, whose jaxpr holds the rules no more. The watch is
+part of the key of JAX's caches: functions that were traced before are traced again for it, and the
+watched traces are not used afterwards.
 """
 
 import contextlib
@@ -21,6 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from funcbp.check.hijax import RULES, Primitive, as_rule
 
 __all__ = ["Sighting", "completed", "location", "parameters", "plain_name", "watching"]
 
@@ -93,7 +95,7 @@ class Sighting:
 
     def key(self) -> tuple:
         static = tuple((i, id(v)) for i, v in self.static.items())
-        return (id(self.rule), self.where, self.tree, static, tuple(map(str, self.avals)))
+        return (self.rule, self.where, self.tree, static, tuple(map(str, self.avals)))
 
     def see(self, *leaves: Any) -> None:
         """Keeps one set of values; the callback's end."""
@@ -178,7 +180,7 @@ def watching() -> Iterator[list[Sighting]]:
     """Notes the rules called while it is open; the values are there once it is closed."""
     seen: list[Sighting] = []
     index: dict[tuple, Sighting] = {}
-    originals: dict[Any, Any] = {cls: cls.__call__ for cls in (jax.custom_vjp, jax.custom_jvp)}
+    originals: dict[Any, Any] = {cls: cls.__call__ for cls in RULES}
 
     def watched(original):
         def __call__(self, *args, **kwargs):
@@ -205,6 +207,9 @@ def watching() -> Iterator[list[Sighting]]:
 
 def _note(rule: Any, args: tuple, kwargs: dict, seen: list[Sighting], index: dict) -> None:
     if getattr(rule, "unaudited", False):
+        return
+    rule = as_rule(rule)
+    if isinstance(rule, Primitive) and rule.own:
         return
     sighting = Sighting(rule, completed(rule, args, kwargs), _where())
     known = index.setdefault(sighting.key(), sighting)

@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import hijax
 from jax.sharding import PartitionSpec as P
 
 import funcbp
 from funcbp import InputError, layers, ops, train
 from funcbp.check import CAUSES, WrongRule
+from funcbp.check.branches import branches
+from funcbp.check.program import Program
+from funcbp.check.subject import subject_of
 
 
 @jax.custom_vjp
@@ -118,6 +122,56 @@ def test_a_rule_is_found_wherever_it_is_called(f, inside):
     assert any(f"in {f.__name__}" in w and inside in w for w in finding.where), finding.where
     with pytest.raises(WrongRule, match="halved"):
         report.raise_if_wrong()
+
+
+class Power(getattr(hijax, "HiPrim", None) or hijax.VJPHiPrimitive):
+    """x^power, with a rule for cotangents and one for tangents, each times a factor."""
+
+    def __init__(self, aval, power, cotangent=1.0, tangent=1.0):
+        self.in_avals, self.out_aval = (aval,), aval
+        self.params = {"power": power, "cotangent": cotangent, "tangent": tangent}
+        super().__init__()
+
+    def expand(self, x):
+        return x**self.power
+
+    def vjp_fwd(self, _, x):
+        return self(x), x
+
+    def vjp_bwd_retval(self, x, dy):
+        return (self.cotangent * self.power * x ** (self.power - 1) * dy,)
+
+    def jvp(self, primals, tangents):
+        (x,), (dx,) = primals, tangents
+        return self(x), self.tangent * self.power * x ** (self.power - 1) * dx
+
+
+@pytest.mark.parametrize(
+    ("factors", "cause", "argument"),
+    [((1.0, 1.0), None, None), ((2.0, 1.0), "scale", "x"), ((1.0, -1.0), "sign", None)],
+)
+def test_a_primitive_of_hijax_is_judged_by_its_own_rules(factors, cause, argument):
+    def f(x):
+        cubes = jax.lax.scan(lambda c, v: (c + Power(jax.typeof(v), 3, *factors)(v), None), 0.0, x)
+        return cubes[0] + jnp.sum(Power(jax.typeof(x), 2)(x))
+
+    (finding,) = funcbp.audit(f, X).findings
+    assert (finding.cause, finding.argument) == (cause, argument), finding
+    assert finding.rule.startswith("Power (") and any("inside scan" in w for w in finding.where)
+    alone = funcbp.check_rule(Power(jax.typeof(X), 3, *factors), X)
+    assert alone.ok == (cause is None) and alone.findings[0].cause == cause
+
+
+def test_a_rule_made_under_custom_vjp3_is_found():
+    before = jax.config.values["jax_custom_vjp3"]
+    jax.config.update("jax_custom_vjp3", True)
+    try:
+        third = jax.custom_vjp(lambda x: x * x)
+        third.defvjp(halved_fwd, halved_bwd)
+        (finding,) = funcbp.audit(lambda x: jax.jit(third)(x).sum(), X, thorough=False).findings
+    finally:
+        jax.config.update("jax_custom_vjp3", before)
+    assert (finding.verdict, finding.cause) == ("wrong", "scale")
 
 
 def test_calls_of_one_rule_are_one_finding():
@@ -252,3 +306,23 @@ def test_the_watch_leaves_nothing_behind():
     gc.collect()
     assert (jax.custom_vjp.__call__, jax.custom_jvp.__call__) == before
     assert str(jax.make_jaxpr(f)(X)) == text and "callback" not in text
+
+
+def branching(x, rate, labels):
+    """Two branches of a float, one integer that is told apart, and an order."""
+    kept = jnp.where(rate > 0, rate * x, -x)
+    return jnp.sort(jnp.where(labels == -100, 0.0, kept))
+
+
+def test_variants_take_the_branches_that_were_not_seen():
+    rate, labels = jnp.exp(X), jnp.array([0, 2, 1])
+    args = (jnp.sort(X), rate, labels)
+    program = Program(subject_of(branching, [args])[0], args)
+    found = list(branches(program, args))
+    assert any(np.any(v.args[1] < 0) for v in found)
+    assert any(np.any(v.args[2] == -100) for v in found)
+    assert any(np.any(np.diff(v.args[0]) < 0) for v in found)
+    # A function that compares nothing has no other branch.
+    args = (X, rate)
+    plain = Program(subject_of(jnp.multiply, [args])[0], args)
+    assert list(branches(plain, args)) == []
