@@ -6,7 +6,7 @@ Exit codes: 0 right, 1 a wrong gradient was found, 2 it could not run.
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -119,20 +119,63 @@ def audit(
 @app.command()
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Ops; all by default.")] = None,
+    against: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,NAME", help="Of autodiff, jax, flax, torch: what to measure against."
+        ),
+    ] = "autodiff,jax",
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|gpu", help="Where to run; JAX's default otherwise.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="float32, times and memory alone, under a minute.")
+    ] = False,
+    overhead: Annotated[
+        bool,
+        typer.Option(
+            "--overhead", help="What a call costs outside jit, beside a bare jax.custom_vjp."
+        ),
+    ] = False,
+    json_file: Json = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write the result here as a page.")
+    ] = None,
 ) -> None:
-    """Measure what a call of each op costs outside jit, beside a bare jax.custom_vjp."""
-    from rich.table import Table
+    """Measure each rule beside autodiff and public counterparts: time, memory and digits.
 
+    Every figure but the milliseconds is a ratio, the rule's over the other's: below 1 is better.
+    """
     from funcbp import bench as benchmark
+    from funcbp import page
     from funcbp.catalogue import declared
 
     ops = declared()
     unknown = sorted(set(names or ()) - set(ops))
     if unknown:
         raise InputError(f"no op {', '.join(unknown)}; the ops are {', '.join(ops)}")
+    chosen = {name: ops[name] for name in names or ops}
+    if overhead:
+        return _overhead(chosen)
+    for path in (json_file, html_file):
+        page.require_writable(path)
+    contenders = [name for name in against.split(",") if name]
+    result = benchmark.run(chosen, contenders, device=device, quick=quick)
+    console = Console()
+    console.print(result.table())
+    if result.left_out:
+        console.print(f"not reached in the time of a quick run: {', '.join(result.left_out)}")
+    result.write(json_file, html_file)
+
+
+def _overhead(ops: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from funcbp import bench as benchmark
+
     table = Table("op", "op, us", "custom_vjp, us", "ratio", "quartiles")
-    for name in names or ops:
-        row = benchmark.overhead(ops[name])
+    for op in ops.values():
+        row = benchmark.overhead(op)
         spread = f"{row.low:.2f} to {row.high:.2f}"
         table.add_row(row.op, f"{row.ours:.0f}", f"{row.bare:.0f}", f"{row.ratio:.2f}", spread)
     Console().print(table)

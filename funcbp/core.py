@@ -88,6 +88,7 @@ def op(
     cases: Sequence[Case] = (),
     arrays: Sequence[str] | None = None,
     check: Callable | None = None,
+    surrogate_of: Callable | None = None,
     name: str | None = None,
 ) -> "Op":
     """Declares an op: a function with a hand-written reverse rule.
@@ -103,6 +104,8 @@ def op(
       arrays: names of the array arguments. By default: the parameters annotated with an array
         type, and those without annotation that are not keyword-only.
       check: same arguments; raises `InputError` on bad shapes before anything runs.
+      surrogate_of: the function whose value the op has and whose derivative its gradient is not,
+        on purpose; `plain` is then differentiable JAX that has the gradient which is meant.
       name: the op's name; by default that of `like`, else of `plain`'s module.
 
     Returns:
@@ -111,7 +114,17 @@ def op(
     Raises:
       TypeError: `arrays` names a parameter that `plain` does not have.
     """
-    return Op(plain, fwd, bwd, like=like, cases=cases, arrays=arrays, check=check, name=name)
+    return Op(
+        plain,
+        fwd,
+        bwd,
+        like=like,
+        cases=cases,
+        arrays=arrays,
+        check=check,
+        surrogate_of=surrogate_of,
+        name=name,
+    )
 
 
 class Op:
@@ -128,7 +141,10 @@ class Op:
         arrays: Sequence[str] | None,
         check: Callable | None,
         name: str | None,
+        surrogate_of: Callable | None = None,
     ):
+        self.declared_surrogate = surrogate_of is not None
+        self.function = surrogate_of or plain
         self.plain, self.fwd, self.bwd, self.like, self.check = plain, fwd, bwd, like, check
         self.cases = tuple(cases)
         self.name = name or (like.__name__ if like else plain.__module__.rpartition(".")[2])

@@ -31,6 +31,22 @@ def gelu_argument_slope(x):
     return 2 * mp.sqrt(2 / mp.pi) * (1 + 3 * mp.mpf("0.044715") * x**2)
 
 
+def mish_slope(x):
+    w = mp.exp(x)
+    d = w * w + 2 * w + 2
+    return w * (w + 2) / d + 4 * x * w * (w + 1) / d**2
+
+
+def squareplus_slope(x):
+    r = mp.sqrt(x * x + 4)
+    return (1 + x / r) / 2
+
+
+def exponential_below(scale, alpha):
+    return lambda x: mp.mpf(scale) if x > 0 else mp.mpf(scale) * mp.mpf(alpha) * mp.exp(x)
+
+
+SELU = ("1.0507009873554805", "1.6732632423543772")
 TRUTH = {
     "sigmoid": (ops.sigmoid, lambda x: logistic(x) * logistic(-x)),
     "tanh": (ops.tanh, lambda x: mp.sech(x) ** 2),
@@ -40,6 +56,13 @@ TRUTH = {
         functools.partial(ops.gelu, approximate=False),
         lambda x: mp.ncdf(x) + x * mp.npdf(x),
     ),
+    "mish": (ops.mish, mish_slope),
+    "softplus": (ops.softplus, logistic),
+    "log_sigmoid": (ops.log_sigmoid, lambda x: logistic(-x)),
+    "squareplus": (ops.squareplus, squareplus_slope),
+    "soft_sign": (ops.soft_sign, lambda x: 1 / (1 + abs(x)) ** 2),
+    "elu": (ops.elu, exponential_below("1", "1")),
+    "selu": (ops.selu, exponential_below(*SELU)),
 }
 
 
@@ -54,6 +77,7 @@ def test_relative_error(name):
             rng.standard_normal(300),
             rng.normal(-1.278, 0.05, 200),
             rng.normal(-0.752, 0.05, 200),
+            rng.normal(-1.192, 0.05, 200),
             [17.0, -9.01, 0.0, 1e-30],
         ]
     ).astype(np.float32)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcbp.case import Case
+from funcbp.check.evaluate import compiled
 from funcbp.core import InputError, Op
 
 # The error of autodiff on one element may be 0 by luck; its error on many is what the dtype allows.
@@ -155,8 +156,10 @@ class _Measure:
     def __init__(self, f: Callable, reference: Callable, cotangents: bool):
         self.cotangents = cotangents
         self.reference = reference
-        self.run_rule = jax.jit(_value_and_cotangents(f), static_argnums=0)
-        self.run_reference = jax.jit(_value_and_cotangents(reference), static_argnums=0)
+        # What pulls back itself is a large program, of which the digits are not the point.
+        jit = jax.jit if cotangents else compiled
+        self.run_rule = jit(_value_and_cotangents(f), static_argnums=0)
+        self.run_reference = jit(_value_and_cotangents(reference), static_argnums=0)
 
     def __call__(self, arguments: "Arguments", seed: list[int]) -> list[_Sample]:
         layout, floating, fixed = arguments

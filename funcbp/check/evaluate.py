@@ -37,13 +37,16 @@ NARROW = {"bitcast_convert_type", "pure_callback", "io_callback", "ffi_call", "p
 SILENT = {"debug_callback", "debug_print"}
 
 
+# The steps after which a `while` is taken for one that does not end.
+STEPS = 100_000
 # XLA's options for programs that run a few times: half the time goes into making code fast.
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def compiled(f: Callable) -> Callable:
+def compiled(f: Callable, **settings: Any) -> Callable:
     """`jax.jit` that compiles quickly rather than to fast code."""
-    return jax.jit(f, compiler_options=QUICKLY if jax.default_backend() == "cpu" else None)
+    options = QUICKLY if jax.default_backend() == "cpu" else None
+    return jax.jit(f, compiler_options=options, **settings)
 
 
 def double(dtype: Any) -> Any:
@@ -238,8 +241,9 @@ class Evaluator:
         def test(carry):
             return self._any(params["cond_jaxpr"], [*tested, *carry])[0]
 
-        def condition(carry):
-            return jnp.any(test(carry))
+        def condition(state):
+            count, carry = state
+            return jnp.any(test(carry)) & (count < STEPS)
 
         def step(carry):
             out = self._any(params["body_jaxpr"], [*fixed, *carry])
@@ -253,7 +257,16 @@ class Evaluator:
                 for n, o in zip(new, carry, strict=True)
             ]
 
-        carry = jax.lax.while_loop(condition, step, init)
+        def counted(state):
+            count, carry = state
+            return count + 1, step(carry)
+
+        count, carry = jax.lax.while_loop(condition, counted, (0, init))
+        # On values that nobody meant a loop may never end: then it has no value.
+        carry = [
+            jnp.where(count < STEPS, v, jnp.nan) if jnp.issubdtype(v.dtype, jnp.inexact) else v
+            for v in map(jnp.asarray, carry)
+        ]
         if self.further:
             carry = jax.lax.fori_loop(0, self.further, lambda _, carry: step(carry), carry)
         return carry

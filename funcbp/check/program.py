@@ -19,6 +19,8 @@ __all__ = ["Broken", "Program"]
 
 # Above this many elements, forward mode and differences take too long.
 FORWARD, DIFFERENCES = 512, 256
+# Elements that forward mode takes at once.
+BATCH = 64
 
 
 class Broken(Exception):
@@ -145,6 +147,28 @@ class Program:
 
         return compiled(run)
 
+    def ends(self, floating: dict, fixed: list) -> bool:
+        """Whether its loops end in its own precision too, so that the rule can be run."""
+        if not self._loops:
+            return True
+        with self.precision():
+            y = self._bounded(floating, fixed)
+        return all(bool(jnp.all(jnp.isfinite(v))) for v in y)
+
+    @functools.cached_property
+    def _loops(self) -> bool:
+        return "while[" in str(self.closed)
+
+    @functools.cached_property
+    def _bounded(self) -> Callable:
+        evaluator = Evaluator(self.closed)
+
+        def run(floating, fixed):
+            y = evaluator(*[floating[n] for n in sorted(floating)], *fixed)
+            return [v for v in y if jnp.issubdtype(v.dtype, jnp.inexact)]
+
+        return compiled(run)
+
     def _differences(self, floating: dict, fixed: list, dys: list, name: str) -> np.ndarray:
         """The cotangent of one argument; nan where the differences do not converge."""
         shape, dtype = self.types[name]
@@ -196,9 +220,9 @@ class Program:
                 terms = [jnp.sum(d * t.astype(d.dtype)) for d, t in zip(dys, dy, strict=True)]
                 return jnp.real(sum(terms, jnp.zeros(())))
 
-            d = jax.lax.map(along, jnp.eye(v.size))
+            d = jax.lax.map(along, jnp.eye(v.size), batch_size=BATCH)
             if jnp.issubdtype(v.dtype, jnp.complexfloating):
-                d = d - 1j * jax.lax.map(along, 1j * jnp.eye(v.size))
+                d = d - 1j * jax.lax.map(along, 1j * jnp.eye(v.size), batch_size=BATCH)
             return d.reshape(v.shape).astype(v.dtype)
 
         return y, {n: cotangent(n, v) for n, v in floating.items()}

@@ -54,6 +54,8 @@ def has_value(program: Program, variant: Variant) -> bool:
     _, floating, fixed = split(variant.args, {})
     try:
         value, slopes = program.truth(floating, fixed, program.cotangents([0]))
+        if not program.ends(floating, fixed):
+            return False
     except Exception:
         return False
     # An infinity is meant to be taken where it drops out of value and gradient, as -inf does in a

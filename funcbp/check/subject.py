@@ -82,7 +82,7 @@ def subject_at(sighting: Sighting, expected: str | None = None) -> Subject:
         names, name, source, doc = list(op.arrays), op.name, location(op.plain), op.plain
 
         def plain(*arrays):
-            return op.apply(op.plain, op._named(arrays), static)
+            return op.apply(op.function, op._named(arrays), static)
 
         primal = plain
     word = None
@@ -170,7 +170,7 @@ def subject_of(
         return subject, [_arrays(d) for d in dynamic]
     word = "it is marked as one" if getattr(f, "declared_surrogate", False) else None
     if isinstance(f, Op):
-        primal = reference or f.plain
+        primal = reference or f.function
         names = tuple(f.__signature__.parameters)
         subject = Subject(f.name, location(f.plain), f, primal, names, word=word, rule=f)
         return subject, [_arrays(c) for c in calls]

@@ -308,6 +308,22 @@ def test_the_watch_leaves_nothing_behind():
     assert str(jax.make_jaxpr(f)(X)) == text and "callback" not in text
 
 
+def test_a_loop_that_never_ends_on_other_values_stops_nothing():
+    @jax.custom_vjp
+    def root(a):
+        def unfinished(state):
+            return jnp.any(jnp.abs(state[0] - state[1]) > 1e-6 * state[1])
+
+        def newton(state):
+            return state[1], 0.5 * (state[1] + a / state[1])
+
+        return jax.lax.while_loop(unfinished, newton, (jnp.zeros_like(a), jnp.maximum(a, 1)))[1]
+
+    root.defvjp(lambda a: (y := root(a), y), lambda y, dy: (0.5 * dy / y,))
+    # The auditor turns signs, and Newton's method finds no root of a negative number.
+    assert funcbp.check_rule(root, jnp.exp(X)).ok
+
+
 def branching(x, rate, labels):
     """Two branches of a float, one integer that is told apart, and an order."""
     kept = jnp.where(rate > 0, rate * x, -x)

@@ -1,0 +1,224 @@
+"""A rule beside autodiff and its public counterparts: time, memory and digits, in one run.
+
+All of one op's contenders are compiled first and then run in turn, A B C A B C, on the same
+arguments; what is quoted is the median of the ratios within a round, with its quartiles. The rule
+runs twice in each round: the ratio of the two is the noise of this machine.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcbp.bench.peers import Unavailable, counterpart
+from funcbp.bench.roofline import Roofline
+from funcbp.case import Case
+from funcbp.check.compare import saved_bytes, split, widened
+from funcbp.core import Op
+
+__all__ = ["Row", "measure"]
+
+# A sample is of as many calls as take so long, in seconds.
+SAMPLE = 0.01
+# Draws of each test case on which digits are counted.
+DRAWS = 4
+
+
+class Row(NamedTuple):
+    """One op against one contender; the ratios are the rule's figure over the contender's.
+
+    Attributes:
+        op: its name.
+        case: the name of its bench case.
+        dtype: of the floating arguments.
+        against: autodiff (of the op's plain function), jax, flax or torch.
+        seconds: median time of the rule's value and gradient.
+        time, low, high: median ratio of the times, and its quartiles.
+        noise: the larger quartile of the rule against itself, as a ratio of at least 1.
+        saved: bytes kept for the backward pass; 1 if both keep nothing, None if unknown.
+        temporary: bytes of scratch memory of the compiled program; None if unknown.
+        error: mean relative error against float64, over the op's test cases.
+        share: of the time that this machine's matmul rate and copy bandwidth allow.
+    """
+
+    op: str
+    case: str
+    dtype: str
+    against: str
+    seconds: float
+    time: float
+    low: float
+    high: float
+    noise: float
+    saved: float | None
+    temporary: float | None
+    error: float | None
+    share: float
+
+
+class _Contender(NamedTuple):
+    """One way to value and gradient of the bench case; `run` blocks until it is there."""
+
+    run: Callable[[], Any]
+    saved: int | None
+    temporary: int | None
+    error: float | None
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+def measure(
+    op: Op,
+    case: Case,
+    dtype: str,
+    against: Sequence[str],
+    roofline: Roofline,
+    rounds: int = 9,
+    digits: bool = True,
+) -> Iterable[Row]:
+    """One row for each contender that exists for this op.
+
+    Args:
+      op: the op.
+      case: one of its bench cases.
+      dtype: of the floating arguments.
+      against: of "autodiff", "jax", "flax", "torch".
+      roofline: what the machine can do.
+      rounds: of the contenders in turn.
+      digits: whether errors are measured too.
+    """
+    rule = _ours(op, op, case, dtype, digits)
+    others = {}
+    for name in against:
+        try:
+            others[name] = (
+                _ours(op, op.plain, case, dtype, digits)
+                if name == "autodiff"
+                else counterpart(name, op, case, dtype, lambda f: _ours(op, f, case, dtype, digits))
+            )
+        except Unavailable:
+            continue
+    runs = [rule.run, *(_run(c) for c in others.values()), rule.run]
+    calls = [_calls(run) for run in runs]
+    samples = [
+        [_seconds(run, n) for run, n in zip(runs, calls, strict=True)] for _ in range(rounds)
+    ]
+    noise = statistics.quantiles([max(s[0] / s[-1], s[-1] / s[0]) for s in samples], n=4)[2]
+    seconds = statistics.median(min(s[0], s[-1]) for s in samples)
+    share = roofline.seconds(dtype, rule.flops, rule.bytes) / seconds
+    for k, (name, other) in enumerate(others.items(), 1):
+        ratios = statistics.quantiles([(s[0] + s[-1]) / 2 / s[k] for s in samples], n=4)
+        yield Row(
+            op.name,
+            case.name,
+            dtype,
+            name,
+            seconds,
+            ratios[1],
+            ratios[0],
+            ratios[2],
+            noise,
+            _ratio(rule.saved, other.saved),
+            _ratio(rule.temporary, other.temporary),
+            _ratio(rule.error, other.error),
+            share,
+        )
+
+
+def _run(contender: Any) -> Callable[[], Any]:
+    return contender.run
+
+
+def _ours(op: Op, f: Callable, case: Case, dtype: str, digits: bool) -> _Contender:
+    """A JAX function of the op's arguments, compiled with its pullback."""
+    args, kwargs = case.build(0, dtype)
+    layout, floating, fixed = split(args, kwargs)
+    y = jax.eval_shape(lambda floating: layout.call(f, floating, fixed), floating)
+    dy = _cotangent(y, 1)
+    compiled = jax.jit(_pulled(f, layout)).lower(floating, fixed, dy).compile()
+    cost = compiled.cost_analysis() or {}
+    memory = compiled.memory_analysis()
+    # Read once: arguments and cotangent; written once: value and cotangents, of the same sizes.
+    moved = 2 * _bytes((floating, dy)) + _bytes(fixed)
+    return _Contender(
+        lambda: jax.block_until_ready(compiled(floating, fixed, dy)),
+        saved_bytes(f, *args, **kwargs),
+        memory.temp_size_in_bytes if memory is not None else None,
+        _error(op, f, dtype) if digits else None,
+        float(cost.get("flops", 0.0)),
+        moved,
+    )
+
+
+def _bytes(tree: Any) -> float:
+    leaves = [a for a in jax.tree.leaves(tree) if isinstance(a.dtype, np.dtype)]  # no keys
+    return float(sum(a.size * a.dtype.itemsize for a in leaves))
+
+
+def _pulled(f: Callable, layout: Any) -> Callable:
+    """(floating, fixed, dy) -> (value, cotangents)."""
+
+    def run(floating, fixed, dy):
+        y, pullback = jax.vjp(lambda floating: layout.call(f, floating, fixed), floating)
+        return y, pullback(dy)[0]
+
+    return run
+
+
+def _cotangent(y: Any, seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), a.dtype), y)
+
+
+def _error(op: Op, f: Callable, dtype: str) -> float:
+    """The mean relative error of all elements of value and cotangents, each at most 1.
+
+    On the op's test cases, which hold its tails, ties and offsets, against `plain` in float64.
+    """
+    errors: list[np.ndarray] = []
+    for case in op.cases:
+        if case.bench or dtype not in case.dtypes:
+            continue
+        for seed in range(DRAWS):
+            layout, floating, fixed = split(*case.build(seed, dtype))
+            y = jax.eval_shape(lambda fl: layout.call(op.plain, fl, fixed), floating)  # noqa: B023
+            dy = _cotangent(y, seed)
+            got = jax.jit(_pulled(f, layout))(floating, fixed, dy)
+            with jax.enable_x64(True):
+                wide = jax.tree.map(lambda v: np.asarray(v).astype(np.float64), (floating, dy))
+                truth = jax.jit(_pulled(op.plain, layout))(wide[0], fixed, wide[1])
+            leaves = zip(jax.tree.leaves(got), jax.tree.leaves(truth), strict=True)
+            errors += [_relative(widened(g), np.asarray(t)).ravel() for g, t in leaves]
+    return float(np.mean(np.concatenate(errors))) if errors else 0.0
+
+
+def _relative(got: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        error = np.abs(got - truth) / np.abs(truth)
+    same = (got == truth) | (np.isnan(got) & np.isnan(truth))
+    return np.where(same, 0.0, np.where(np.isfinite(error), np.minimum(error, 1.0), 1.0))
+
+
+def _calls(run: Callable[[], Any]) -> int:
+    """How many calls make one sample; the first call, which may allocate, is not timed."""
+    run()
+    return max(1, round(SAMPLE / max(_seconds(run, 1), 1e-6)))
+
+
+def _seconds(run: Callable[[], Any], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def _ratio(ours: float | None, theirs: float | None) -> float | None:
+    if ours is None or theirs is None:
+        return None
+    if not theirs:
+        return 1.0 if not ours else float("inf")
+    return ours / theirs

@@ -1,0 +1,143 @@
+"""Gradient shaping: the value of one function with the gradient of another, on purpose.
+
+    straight_through_round, straight_through_sign: y = round(x), sign(x)     dx = dy
+    scale_gradient:    y = x     dx = scale dy
+    reverse_gradient:  y = x     dx = -scale dy
+    clip_gradient:     y = x     dx = dy, each element within [-limit, limit]
+    stop_gradient:     y = x     dx = 0
+
+None of these is a derivative: the auditor calls them surrogates, since they say so.
+
+Saves: nothing.
+Edge:  straight_through_sign is 0 at 0; with a limit, dx = 0 where |x| is above it.
+Dtype: x's.
+Ref:   Bengio et al., 2013, section 4 (straight through); Ganin et al., 2016, section 3.1
+       (reversal).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from funcbp.case import Case, values
+from funcbp.core import Op, op
+
+X = Float[Array, "..."]
+VALUES = values([-7.5, -2.5, -1.0, -0.5, -0.0, 0.0, 0.4, 1.5, 2.0, 1e5])
+CASES = (
+    Case("odd", (3, 5)),
+    Case("halves and borders", VALUES),
+    Case("empty", (0, 3)),
+    Case("activations", (2048, 4096), bench=True),
+)
+
+
+def _shaped(plain, value, pulled, cases=CASES) -> Op:
+    """An op with the value of `value` and the pullback `pulled(dy, x or None)`.
+
+    Args:
+      plain: differentiable JAX with that value and that gradient.
+      value: the function whose derivative the gradient is not.
+      pulled: (dy, **settings) -> dx.
+      cases: its cases.
+    """
+
+    def fwd(x, **static):
+        return value(x, **static), None
+
+    def bwd(_, dy, **static):
+        return (pulled(dy, **static),)
+
+    name = plain.__name__.strip("_")
+    return op(plain, fwd, bwd, surrogate_of=value, cases=cases, name=name)
+
+
+def _passed(dy):
+    return dy
+
+
+def _round(x):
+    return jnp.round(x)
+
+
+def _straight_through_round(x: X) -> X:
+    """x rounded to the nearest integer, halves to even; the gradient passes as it is."""
+    return jax.lax.stop_gradient(jnp.round(x) - x) + x
+
+
+straight_through_round = _shaped(_straight_through_round, _round, _passed)
+
+
+def _sign(x):
+    return jnp.sign(x)
+
+
+def _straight_through_sign(x: X) -> X:
+    """-1, 0 or 1 as x is; the gradient passes as it is."""
+    return jax.lax.stop_gradient(jnp.sign(x) - x) + x
+
+
+straight_through_sign = _shaped(_straight_through_sign, _sign, _passed)
+
+
+def _same(x, **_):
+    return x
+
+
+def _scale_gradient(x: X, *, scale: float) -> X:
+    """x; its gradient is multiplied by `scale`."""
+    return scale * x + jax.lax.stop_gradient(x - scale * x)
+
+
+def _scaled(dy, scale):
+    return dy * scale
+
+
+def _with(cases, **settings):
+    return tuple(Case(c.name, *c.args, bench=c.bench, **settings) for c in cases)
+
+
+scale_gradient = _shaped(_scale_gradient, _same, _scaled, _with(CASES, scale=0.3))
+
+
+def _reverse_gradient(x: X, *, scale: float = 1.0) -> X:
+    """x; its gradient is multiplied by -scale."""
+    return -scale * x + jax.lax.stop_gradient(x + scale * x)
+
+
+def _reversed(dy, scale):
+    return -scale * dy
+
+
+reverse_gradient = _shaped(_reverse_gradient, _same, _reversed, _with(CASES, scale=0.7))
+
+
+def _clip_gradient(x: X, *, limit: float) -> X:
+    """x; each element of its gradient is kept within [-limit, limit]."""
+
+    # No function has a gradient that is not linear in the cotangent: this takes a rule.
+    @jax.custom_vjp
+    def clip(x):
+        return x
+
+    clip.defvjp(lambda x: (x, None), lambda _, dy: (jnp.clip(dy, -limit, limit),))
+    return clip(x)
+
+
+def _clipped(dy, limit):
+    return jnp.clip(dy, -limit, limit)
+
+
+clip_gradient = _shaped(_clip_gradient, _same, _clipped, _with(CASES, limit=0.5))
+
+
+def _stop_gradient(x: X) -> X:
+    """x, a constant for the backward pass."""
+    return jax.lax.stop_gradient(x)
+
+
+def _none(dy):
+    return jnp.zeros_like(dy)
+
+
+stop_gradient = _shaped(_stop_gradient, _same, _none)
