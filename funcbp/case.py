@@ -85,6 +85,8 @@ class Case:
         `Draw`, a pytree (list or dict) of these, None, or a static value.
       bench: True for a size that users have; the bench times these, the tests leave them out.
       dtypes: the dtypes in which the tests run the case.
+      transformed: False where the tests need not run it under every transformation, because
+        another case of the same rule says as much there.
       **kwargs: keyword arguments: a `Draw` is drawn, anything else is passed as it is.
     """
 
@@ -94,10 +96,11 @@ class Case:
         *args: Any,
         bench: bool = False,
         dtypes: tuple[str, ...] = ("float32", "bfloat16"),
+        transformed: bool = True,
         **kwargs: Any,
     ):
         self.name, self.args, self.kwargs = name, args, kwargs
-        self.bench, self.dtypes = bench, dtypes
+        self.bench, self.dtypes, self.transformed = bench, dtypes, transformed
 
     def __repr__(self) -> str:
         return f"Case({self.name!r})"

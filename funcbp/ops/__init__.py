@@ -27,7 +27,6 @@ from funcbp.ops.pointwise import silu as silu
 from funcbp.ops.pointwise import tanh as tanh
 from funcbp.ops.prelu import prelu as prelu
 from funcbp.ops.rms_norm import rms_norm as rms_norm
-from funcbp.ops.shaping import clip_gradient as clip_gradient
 from funcbp.ops.shaping import reverse_gradient as reverse_gradient
 from funcbp.ops.shaping import scale_gradient as scale_gradient
 from funcbp.ops.shaping import stop_gradient as stop_gradient

@@ -94,8 +94,8 @@ TAILS = [
 CASES = (
     Case("normal", (3, 5)),
     Case("tails", values(TAILS)),
-    Case("scalar", ()),
-    Case("empty", (0, 3)),
+    Case("scalar", (), transformed=False),
+    Case("empty", (0, 3), transformed=False),
     Case("activations", (2048, 4096), bench=True),
 )
 

@@ -48,5 +48,4 @@ def test_faults_are_found_where_they_show():
 
 def test_faults_are_found_from_an_innocent_call():
     done = list(innocent(TAKEN_WRONG))
-    # The aim is 80%, which 121 of 152 just misses: this bound only keeps what was reached.
-    assert share(done, "verdict") >= 0.75, [s.name for s in done if not s.verdict]
+    assert share(done, "verdict") >= 0.8, [s.name for s in done if not s.verdict]

@@ -51,6 +51,65 @@ def mlp(x):
     return jax.vmap(model)(x)
 
 
+def linear_solve(a, b):
+    import lineax
+
+    return lineax.linear_solve(lineax.MatrixLinearOperator(a), b, lineax.QR()).value
+
+
+def root_find(a):
+    import optimistix
+
+    newton = optimistix.Newton(1e-6, 1e-6)
+    return optimistix.root_find(lambda y, a: y**3 + y - a, newton, jnp.float32(0.5), args=a).value
+
+
+def fixed_point(a):
+    import optimistix
+
+    solver = optimistix.FixedPointIteration(1e-6, 1e-6)
+    start = jnp.float32(0.5)
+    return optimistix.fixed_point(lambda y, a: 0.5 * jnp.cos(y * a), solver, start, args=a).value
+
+
+def differential_equation(y0, a):
+    import diffrax
+
+    term = diffrax.ODETerm(lambda t, y, a: jnp.sin(t) - a * y)
+    adjoint = diffrax.RecursiveCheckpointAdjoint()
+    settings = {"args": a, "adjoint": adjoint, "max_steps": 16}
+    return diffrax.diffeqsolve(term, diffrax.Tsit5(), 0.0, 1.0, 0.1, y0, **settings).ys
+
+
+def binomial(logits):
+    from numpyro import distributions
+
+    return distributions.Binomial(5, logits=logits).log_prob(jnp.array([0, 1, 3, 5]))
+
+
+def sinkhorn(x, y):
+    from ott.geometry import pointcloud
+    from ott.problems.linear import linear_problem
+    from ott.solvers.linear import implicit_differentiation, sinkhorn
+
+    problem = linear_problem.LinearProblem(pointcloud.PointCloud(x, y, epsilon=0.5))
+    solver = sinkhorn.Sinkhorn(implicit_diff=implicit_differentiation.ImplicitDiff())
+    return solver(problem).reg_ot_cost
+
+
+def simplex(x):
+    from jaxopt import projection
+
+    return projection.projection_simplex(x)
+
+
+def spherical_harmonics(x):
+    import e3nn_jax
+
+    algorithm = ("recursive", "dense", "custom_jvp")
+    return e3nn_jax.sh((1, 2, 3), x, normalize=False, algorithm=algorithm)
+
+
 CALLS = {
     "jax.nn.relu": (jax.nn.relu, X),
     "jax.nn.silu": (jax.nn.silu, X),
@@ -74,9 +133,19 @@ CALLS = {
     "optax.projections.projection_simplex": (optax.projections.projection_simplex, X[0]),
     "flax LayerNorm": (layer, X),
     "equinox MLP": (mlp, X),
+    "lineax.linear_solve": (linear_solve, S, X[:, 0]),
+    "optimistix.root_find": (root_find, jnp.float32(1.3)),
+    "optimistix.fixed_point": (fixed_point, jnp.float32(1.3)),
+    "diffrax.diffeqsolve": (differential_equation, P[0, :2], jnp.float32(1.3)),
+    "numpyro Binomial": (binomial, X[:, 0]),
+    "ott Sinkhorn": (sinkhorn, X[:, :2], X[::-1, 2:4]),
+    "jaxopt.projection_simplex": (simplex, X[0]),
+    "e3nn_jax.sh": (spherical_harmonics, X[:2, :3]),
 }
 
 
+# What these packages warn of when they are imported is theirs.
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CALLS)
 def test_no_alarm_and_no_crash(name):
     f, *args = CALLS[name]
