@@ -326,9 +326,10 @@ def precisions(search: "Search", base: tuple, own: Sequence[Any]) -> None:
     count = sum(np.size(v) for v in jax.tree.leaves(own))
     drawn = _shapes(own) == _shapes(base) and explore.usual(own)
     for dtype in ("bfloat16", "float16", "float32", "float64"):
-        wide = jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
-        for args in (base,) if drawn or count > OWN else (base, tuple(own)):
-            with wide:
+        wide = dtype == "float64"
+        chosen = (base,) if drawn or wide or count > OWN else (base, tuple(own))
+        with jax.enable_x64(True) if wide else contextlib.nullcontext():
+            for args in chosen:
                 variant = explore.recast(args, dtype)
                 if search.late() or variant is None:
                     continue
