@@ -6,6 +6,9 @@ from funcbp.ops.dropout import dropout as dropout
 from funcbp.ops.elementwise_losses import hinge_loss as hinge_loss
 from funcbp.ops.elementwise_losses import huber_loss as huber_loss
 from funcbp.ops.elementwise_losses import log_cosh as log_cosh
+from funcbp.ops.elementwise_losses import (
+    sigmoid_binary_cross_entropy as sigmoid_binary_cross_entropy,
+)
 from funcbp.ops.elementwise_losses import squared_error as squared_error
 from funcbp.ops.global_avg_pool import global_avg_pool as global_avg_pool
 from funcbp.ops.global_max_pool import global_max_pool as global_max_pool

@@ -4,15 +4,21 @@
     huber_loss                     q (|e| - q / 2)                     q = min(|e|, delta)
     log_cosh                       log cosh e
     hinge_loss                     max(0, 1 - x t)
+    sigmoid_binary_cross_entropy   c = -t log p - (1 - t) log q        p = s(x), q = s(-x)
+
+s is the sigmoid.
 
 Backward. dx_i = dy_i df/dx and dt_i = dy_i df/dt, with
     of the error   df/dx = 2 e,  clip(e, -delta, delta),  tanh e;      df/dt = -df/dx
     hinge          -t, or -x for t, where 1 > x t
+    cross-entropy  c_x = (1 - t) p - t q,  c_t = -x
 
 Saves: the arguments: nothing beyond the input.
 Edge:  hinge_loss has half the slope where x t is 1, as JAX has for a maximum of equal numbers.
-       log_cosh keeps its digits near 0.
-Dtype: computes in float32 or wider, returns the promoted dtype of both arguments.
+       log_cosh keeps its digits near 0. p - t is never formed, so a sure and right prediction
+       keeps the digits of its slope. At an infinite logit the value is nan, as in optax.
+Dtype: computes in float32 or wider. Returns the promoted dtype of both arguments;
+       sigmoid_binary_cross_entropy that of the logits, to which the labels are converted first.
 Ref:   Huber, 1964; optax.losses.
 """
 
@@ -20,11 +26,12 @@ import inspect
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Num
 
-from funcbp.case import Case, integers, values
+from funcbp.case import Case, integers, uniform, values
 from funcbp.core import InputError, Op, op
 from funcbp.ops._losses import pair_check, summed_to
 from funcbp.ops._numeric import wide
@@ -42,6 +49,13 @@ ERRORS = (
     BENCH,
 )
 BROADCAST = (Case("broadcast", (4, 1, 3), (2, 1)),)
+SURE = values([-1e5, -80.0, -20.0, -3.0, -0.0, 0.0, 1e-9, 2.0, 17.0, 60.0, 1e5])
+LABELS = (
+    Case("soft labels", (3, 5), uniform(3, 5)),
+    Case("sure, label 0", SURE, values([0])),
+    Case("sure, label 1", SURE, values([1.0])),
+    Case("batch", (4096, 1024), uniform(4096, 1024), bench=True),
+)
 
 
 def elementwise(
@@ -257,4 +271,50 @@ hinge_loss = elementwise(
         *BROADCAST,
         BENCH,
     ),
+)
+
+
+# --- sigmoid_binary_cross_entropy
+
+
+def _sigmoid_binary_cross_entropy(logits: X, labels: T) -> X:
+    """-labels log s(logits) - (1 - labels) log(1 - s(logits)), s the sigmoid, elementwise.
+
+    Args:
+      logits: any shape.
+      labels: 0 or 1, or a probability; broadcastable.
+
+    Returns:
+      The loss in nats, in the broadcast shape and the dtype of logits.
+    """
+    labels = labels.astype(logits.dtype)
+    return -labels * jax.nn.log_sigmoid(logits) - (1 - labels) * jax.nn.log_sigmoid(-logits)
+
+
+def _cross_entropy(x, t):
+    rest = jnp.log1p(jnp.exp(-_magnitude(x)))
+    return rest + t * jnp.where(x < 0, -x, 0) + (1 - t) * jnp.where(x < 0, 0, x)
+
+
+def _magnitude(x):
+    """|x| with derivative 1 at 0: the pieces around it then differentiate to one whole there."""
+    return jnp.where(x < 0, -x, x)
+
+
+def _cross_entropy_slope(x, t):
+    e = jnp.exp(-jnp.abs(x))
+    return ((1 - t) * jnp.where(x < 0, e, 1) - t * jnp.where(x < 0, 1, e)) / (1 + e)
+
+
+def _cross_entropy_slopes(x, t):
+    return _cross_entropy_slope(x, t), -x
+
+
+sigmoid_binary_cross_entropy = elementwise(
+    _sigmoid_binary_cross_entropy,
+    _cross_entropy,
+    _cross_entropy_slopes,
+    like=optax.losses.sigmoid_binary_cross_entropy,
+    cases=(*LABELS, *BROADCAST),
+    as_first=True,
 )
