@@ -3,6 +3,13 @@
 from funcbp.ops.avg_pool import avg_pool as avg_pool
 from funcbp.ops.dense import dense as dense
 from funcbp.ops.dropout import dropout as dropout
+from funcbp.ops.elementwise_losses import hinge_loss as hinge_loss
+from funcbp.ops.elementwise_losses import huber_loss as huber_loss
+from funcbp.ops.elementwise_losses import log_cosh as log_cosh
+from funcbp.ops.elementwise_losses import (
+    sigmoid_binary_cross_entropy as sigmoid_binary_cross_entropy,
+)
+from funcbp.ops.elementwise_losses import squared_error as squared_error
 from funcbp.ops.gated import geglu as geglu
 from funcbp.ops.gated import glu as glu
 from funcbp.ops.gated import swiglu as swiglu
