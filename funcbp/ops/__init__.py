@@ -1,7 +1,9 @@
 """Functions with hand-written reverse rules, one op a file."""
 
 from funcbp.ops.avg_pool import avg_pool as avg_pool
+from funcbp.ops.conv import conv as conv
 from funcbp.ops.dense import dense as dense
+from funcbp.ops.depthwise_conv import depthwise_conv as depthwise_conv
 from funcbp.ops.dropout import dropout as dropout
 from funcbp.ops.global_avg_pool import global_avg_pool as global_avg_pool
 from funcbp.ops.global_max_pool import global_max_pool as global_max_pool
