@@ -21,3 +21,4 @@ from funcbp.ops.softmax import softmax as softmax
 from funcbp.ops.softmax_cross_entropy_with_integer_labels import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
 )
+from funcbp.ops.weight_norm import weight_norm as weight_norm
