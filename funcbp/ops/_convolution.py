@@ -63,7 +63,8 @@ def convolve(x: Array, w: Array, g: Geometry, dtype: Any = None) -> Array:
 def convolved(x: Array, w: Array, b: Array | None, g: Geometry) -> Array:
     """y + b: summed in float32 or wider, in the promoted dtype of the three."""
     dtype = jnp.result_type(x, w) if b is None else jnp.result_type(x, w, b)
-    y = convolve(*promoted(x, w), g, _accumulator(x, w))
+    x, w = promoted(x, w)
+    y = convolve(x, w, g, _accumulator(x))
     return (y if b is None else y + wide(b)).astype(dtype)
 
 
@@ -81,8 +82,10 @@ def _accumulator(*arrays: Array):
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
-def _numbers(ndim: int, *specs: str) -> tuple[str, ...]:
-    return tuple(s.replace("_", "DHW"[5 - ndim :]) for s in specs)
+def _numbers(ndim: int, x: str, w: str, y: str) -> tuple[str, str, str]:
+    """lax's names of the axes, with the spatial ones in place of _."""
+    spatial = "DHW"[5 - ndim :]
+    return x.replace("_", spatial), w.replace("_", spatial), y.replace("_", spatial)
 
 
 def transposed(g: Geometry, kernel: Sequence[int], x: Sequence[int], y: Sequence[int]) -> Geometry:

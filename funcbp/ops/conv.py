@@ -63,7 +63,9 @@ def plain(
     Raises:
       InputError: the shapes or settings do not fit.
     """
-    y = convolve(*promoted(x, w), geometry(x, w, strides, padding, dilation, groups))
+    g = geometry(x, w, strides, padding, dilation, groups)
+    x, w = promoted(x, w)
+    y = convolve(x, w, g)
     return y if b is None else y + b
 
 
@@ -108,7 +110,7 @@ conv = op(
             padding="VALID",
             strides=3,
         ),
-        Case("1x1", (34, 3, 4, 3), (1, 1, 3, 2), (2,), strides=2, dtypes=("float32",)),
+        Case("1x1", (2, 3, 4, 3), (1, 1, 3, 2), (2,), strides=2, dtypes=("float32",)),
         Case(
             "3-D, uneven padding",
             (1, 3, 4, 2, 2),

@@ -164,7 +164,8 @@ def fwd(x, w, b=None, *, strides, padding, dilation):
     count = _count(x, w, g)
     if 0 in (len(x), *count):
         return jnp.zeros((len(x), *count, w.shape[-1]), dtype), (x, w, b)
-    y = _convolve(_repeated(promoted(x, w)[0], w.shape[-1]), promoted(x, w)[1], g, count)
+    v, taps = promoted(x, w)
+    y = _convolve(_repeated(v, w.shape[-1]), taps, g, count)
     return (y if b is None else y + wide(b)).astype(dtype), (x, w, b)
 
 
