@@ -1,7 +1,9 @@
 """Functions with hand-written reverse rules, one op a file."""
 
 from funcbp.ops.avg_pool import avg_pool as avg_pool
+from funcbp.ops.conv import conv as conv
 from funcbp.ops.dense import dense as dense
+from funcbp.ops.depthwise_conv import depthwise_conv as depthwise_conv
 from funcbp.ops.dropout import dropout as dropout
 from funcbp.ops.elementwise_losses import hinge_loss as hinge_loss
 from funcbp.ops.elementwise_losses import huber_loss as huber_loss
@@ -49,3 +51,4 @@ from funcbp.ops.softplus import mish as mish
 from funcbp.ops.softplus import soft_sign as soft_sign
 from funcbp.ops.softplus import softplus as softplus
 from funcbp.ops.softplus import squareplus as squareplus
+from funcbp.ops.weight_norm import weight_norm as weight_norm
