@@ -15,7 +15,7 @@ import numpy as np
 from funcbp.check.compare import distance, split, widened
 from funcbp.check.differences import Slope
 from funcbp.check.kinks import between, shared
-from funcbp.check.noise import FLOOR, MARGIN, allowance, largest, negligible, rounding
+from funcbp.check.noise import FLOOR, MARGIN, allowance, floor, largest, negligible, rounding
 from funcbp.check.program import Program
 
 __all__ = ["Evidence", "Judgement", "judge"]
@@ -138,6 +138,8 @@ def judge(
         noise = rounding(program, point, truth, n)
         if extreme:
             noise = noise + negligible(program, args, floating, n) + 1e-3 * largest(truth[n])
+        elif not own:
+            noise = noise + floor(program, args, n)
         found = _examine(program, point, n, (g, truth[n], plain), noise, own)
         if found is not None:
             evidence.append(found)

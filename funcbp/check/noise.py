@@ -12,7 +12,7 @@ from funcbp.check.compare import allowed as allowed_error
 from funcbp.check.compare import distance, split, widened
 from funcbp.check.program import Program
 
-__all__ = ["FLOOR", "MARGIN", "allowance", "faintest", "largest", "negligible", "rounding"]
+__all__ = ["FLOOR", "MARGIN", "allowance", "faintest", "floor", "largest", "negligible", "rounding"]
 
 # A rule that a user wrote for other reasons than digits may lose a few more than autodiff does: so
 # many times the yardstick's allowance, plus eps**FLOOR of the largest element.
@@ -98,12 +98,24 @@ def negligible(program: Program, args: Sequence[Any], floating: dict, name: str)
     errors count from a share of the slope at ordinary values on, as the relative change of the
     argument that they stand for.
     """
+    slope, size = _ordinary(program, args, name)
+    now = largest(widened(floating[name]))
+    return MATTERS * slope * (min(1.0, size / now) if now else 1.0)
+
+
+def floor(program: Program, args: Sequence[Any], name: str) -> float:
+    """The rounding that an ordinary slope has: where the auditor chose values with a smaller one,
+    as those of a softmax that is sure, the terms that cancel may still be of that size."""
+    eps = float(jnp.finfo(program.types[name][1]).eps)
+    return eps**FLOOR * _ordinary(program, args, name)[0]
+
+
+def _ordinary(program: Program, args: Sequence[Any], name: str) -> tuple[float, float]:
+    """The largest cotangent and value of an argument at ordinary values."""
     if program.typical is None:
         _, ordinary, fixed = split(explore.resampled(args, 3, 1.0).args, {})
         truth = program.truth(ordinary, fixed, program.cotangents([83]))[1]
         program.typical = {
             n: (largest(np.asarray(t)), largest(widened(ordinary[n]))) for n, t in truth.items()
         }
-    slope, size = program.typical[name]
-    now = largest(widened(floating[name]))
-    return MATTERS * slope * (min(1.0, size / now) if now else 1.0)
+    return program.typical[name]
