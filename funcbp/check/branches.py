@@ -77,7 +77,8 @@ def branches(program: Program, args: Sequence[Any], seed: int = 0) -> Iterator[V
     rng = np.random.default_rng([seed, 59])
     generic = split(explore.resampled(args, seed).args, {}).floating
     for k, v in enumerate(fixed):
-        if hasattr(v, "dtype") and v.dtype.kind in "iu" and explore.is_index(v):
+        # Labels 0 and 1, or -1 and 1, have no other value, though they are compared with one.
+        if explore.is_index(v) and not explore.yes_or_no(np.asarray(v)):
             for c in sorted(found.integers - set(np.unique(v).tolist())):
                 if c < 0 and v.dtype.kind == "u":
                     continue
@@ -125,8 +126,8 @@ def _other_sides(
         n: jnp.asarray(generic[n] * rng.choice((-1, 1), v.shape)).astype(v.dtype)
         for n, v in mirrored.items()
     }
-    changes = [{n: v} for v_ in (mirrored, either) for n, v in v_.items()]
-    for change in [*changes, mirrored, either]:
+    alone = [{n: v} for both in (mirrored, either) for n, v in both.items()]
+    for change in [*alone, mirrored, either]:
         new = generic | change
         there = taken(new)
         if np.any(there & ~known):

@@ -30,6 +30,7 @@ __all__ = [
     "shrunk",
     "unrestricted",
     "usual",
+    "yes_or_no",
 ]
 
 SMALL = 600  # elements of the arguments up to which a rule is explored at its own shapes
@@ -255,7 +256,7 @@ def _integers(
 ) -> Iterator[tuple[str, str, np.ndarray]]:
     """Other integers in the place of an index, a label, a length."""
     low, bound = _range(v, floating)
-    if _yes_or_no(v):
+    if yes_or_no(v):
         yield "random", "generic", _random(v, v.shape, bound, rng)
         yield "at the lower end", "index", np.full_like(v, low)
         yield "at the upper end", "index", np.full_like(v, bound - 1)
@@ -273,7 +274,7 @@ def _integers(
     yield "at the upper end", "index", np.full_like(v, bound - 1)
 
 
-def _yes_or_no(v: np.ndarray) -> bool:
+def yes_or_no(v: np.ndarray) -> bool:
     """Whether integers are labels 0 and 1, or -1 and 1, rather than indices."""
     seen = np.unique(v)
     return v.size > 1 and seen.size <= 2 and bool(np.all(np.isin(seen, (-1, 0, 1))))
@@ -281,7 +282,7 @@ def _yes_or_no(v: np.ndarray) -> bool:
 
 def _range(v: np.ndarray, floating: dict[str, Any]) -> tuple[int, int]:
     """The integers that may be meant: the lowest, and one more than the highest."""
-    if _yes_or_no(v):
+    if yes_or_no(v):
         return int(v.min(initial=0)), 2
     return max(min(int(v.min()), 0), -1), _bound(v, floating)
 
@@ -290,7 +291,7 @@ def _random(
     v: np.ndarray, shape: tuple[int, ...], bound: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Integers like those of v in another shape."""
-    if _yes_or_no(v) and int(v.min()) == -1:
+    if yes_or_no(v) and int(v.min()) == -1:
         return rng.choice(np.unique(v), shape)
     low = max(min(int(v.min()), 0), -1)
     return rng.integers(low, max(bound, low + 1), shape)
@@ -486,7 +487,7 @@ class _Axes:
             if is_index(v):
                 _, bound = _range(old, self.floating)
                 held = [sizes.get((n, a), s) for n, a, s in self.places if s == bound]
-                bound = min(held) if held and not _yes_or_no(old) else bound
+                bound = min(held) if held and not yes_or_no(old) else bound
                 new = _random(old, shape(k, v), bound, rng)
             else:
                 new = rng.random(shape(k, v)) < max(0.5, float(np.mean(old)))
