@@ -41,6 +41,8 @@ __all__ = ["Search", "examine"]
 
 # Elements above which a call is judged at smaller shapes, if the function takes them.
 LARGE = 4_000_000
+# Elements that a reader takes in; a fault that shows on more is looked for on fewer.
+READABLE = 24
 # Values at which a rule may lose a few digits.
 EXTREME = ("large", "tiny", "offset", "infinite")
 # How an error begins that a rule of the wrong structure makes.
@@ -376,7 +378,7 @@ def examine(
             warnings.simplefilter("ignore")
             _run(search, calls, thorough)
     except _Found as found:
-        return found.finding
+        return _smallest(search, found.finding) if thorough else found.finding
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:300]
         kind = "" if isinstance(error, Broken) else f"{type(error).__name__}: "
@@ -384,6 +386,25 @@ def examine(
     if search.undecided:
         return search.finding("unchecked", f"could not be decided: {search.undecided[0]}")
     return search.finding("right", f"right at {search.judged} points")
+
+
+def _smallest(search: Search, finding: Finding) -> Finding:
+    """The same finding on an input that can be read, if the fault shows there."""
+    count = sum(np.size(v) for v in jax.tree.leaves(finding.args))
+    if finding.verdict != "wrong" or count <= READABLE:
+        return finding
+    for k, variant in enumerate(explore.smaller(finding.args, search.subject.primal)):
+        if search.late():
+            break
+        try:
+            program = search.program(variant.args)
+            search.judge(program, variant, program.cotangents([search.seed, 500 + k]))
+        except _Found as found:
+            if (found.finding.cause, found.finding.argument) == (finding.cause, finding.argument):
+                return found.finding
+        except Exception:  # it is only a matter of size
+            continue
+    return finding
 
 
 def _run(search: Search, calls: Sequence[tuple], thorough: bool) -> None:

@@ -282,6 +282,14 @@ def test_callbacks_and_scatters_without_derivative_are_judged_by_differences():
     assert (finding.verdict, finding.cause, finding.argument) == ("wrong", "sign", "x")
 
 
+def test_a_finding_shows_an_input_that_can_be_read():
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((12, 15)), jnp.float32)
+    (finding,) = funcbp.audit(halved, x).findings
+    assert (finding.cause, finding.argument, finding.input) == ("scale", "x", "fewer elements")
+    assert finding.args[0].shape == (2, 2)
+    assert funcbp.audit(halved, x, thorough=False).findings[0].args[0].shape == x.shape
+
+
 def test_large_calls_are_judged_smaller_and_say_so():
     @jax.custom_vjp
     def product(a, b):
