@@ -141,10 +141,13 @@ def explain(
         # A changed problem need not make sense.
         with contextlib.suppress(Exception):
             found = hypothesis(case, judgement)
-            if found is not None and (
-                case.truth.size > 2 or found == hypothesis(twin(), judgement)
-            ):
+            if found is None:
+                continue
+            again = found if case.truth.size > 2 else hypothesis(twin(), judgement)
+            if again == found:
                 return found
+            if again is not None and {again[0], found[0]} == {"dropped_argument", "dropped_output"}:
+                return DROPPED
     return "unknown", "no single change of the true derivative gives what the rule gives"
 
 
@@ -187,11 +190,14 @@ def _unfinite(case: _Case) -> Explanation:
     return "nonfinite", f"it is {case.wrong.got} where the derivative is finite"
 
 
+DROPPED = ("dropped_argument", "the rule returns zeros for it")
+
+
 def _dropped(case: _Case, judgement: Judgement) -> Explanation | None:
     if np.any(case.rule):
         return None
     only = _dropped_output(case, judgement)
-    return only or ("dropped_argument", "the rule returns zeros for it")
+    return only or DROPPED
 
 
 def _dropped_output(case: _Case, judgement: Judgement) -> Explanation | None:

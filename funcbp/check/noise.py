@@ -1,5 +1,6 @@
 """How far a rule may be from the truth for reasons that are not its own."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,17 +75,20 @@ def faintest(program: Program, floating: dict, fixed: list, dys: list, name: str
 def _moved(program: Program, point: tuple, truth: np.ndarray, name: str) -> np.ndarray:
     """How far the truth moves when arguments and cotangents move by their last digits."""
     floating, fixed, dys = point
-    rng = np.random.default_rng(7)
     eps = max(float(jnp.finfo(d).eps) for _, d in program.types.values())
 
-    def nudged(v):
-        return v * (1 + eps * rng.standard_normal(np.shape(v)))
+    def nudged(v, rng, sign):
+        return v * (1 + sign * eps * rng.standard_normal(np.shape(v)))
 
     furthest = np.zeros(truth.shape)
-    for _ in range(3):
-        near = {n: nudged(v) for n, v in program.promoted(floating).items()}
+    # Each nudge and its opposite: of two equal numbers each is once the larger.
+    for draw, sign in itertools.product(range(3), (1, -1)):
+        rng = np.random.default_rng([7, draw])
+        near = {n: nudged(v, rng, sign) for n, v in program.promoted(floating).items()}
         with jax.enable_x64(True):
-            moved = np.asarray(program.truth(near, fixed, [nudged(d) for d in dys])[1][name])
+            moved = np.asarray(
+                program.truth(near, fixed, [nudged(d, rng, sign) for d in dys])[1][name]
+            )
         with np.errstate(invalid="ignore"):
             change = np.abs(moved - truth)
         furthest = np.maximum(furthest, np.where(np.isfinite(change), change, 0.0))

@@ -72,15 +72,6 @@ def fixed_point(a):
     return optimistix.fixed_point(lambda y, a: 0.5 * jnp.cos(y * a), solver, start, args=a).value
 
 
-def differential_equation(y0, a):
-    import diffrax
-
-    term = diffrax.ODETerm(lambda t, y, a: jnp.sin(t) - a * y)
-    adjoint = diffrax.RecursiveCheckpointAdjoint()
-    settings = {"args": a, "adjoint": adjoint, "max_steps": 16}
-    return diffrax.diffeqsolve(term, diffrax.Tsit5(), 0.0, 1.0, 0.1, y0, **settings).ys
-
-
 def binomial(logits):
     from numpyro import distributions
 
@@ -136,7 +127,6 @@ CALLS = {
     "lineax.linear_solve": (linear_solve, S, X[:, 0]),
     "optimistix.root_find": (root_find, jnp.float32(1.3)),
     "optimistix.fixed_point": (fixed_point, jnp.float32(1.3)),
-    "diffrax.diffeqsolve": (differential_equation, P[0, :2], jnp.float32(1.3)),
     "numpyro Binomial": (binomial, X[:, 0]),
     "ott Sinkhorn": (sinkhorn, X[:, :2], X[::-1, 2:4]),
     "jaxopt.projection_simplex": (simplex, X[0]),
