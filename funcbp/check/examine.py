@@ -201,7 +201,8 @@ class Search:
     def judge(self, program: Program, variant: Variant, dys: list, own: bool = False) -> None:
         """One point; raises _Found where the rule is wrong."""
         try:
-            judgement = judge(program, variant.args, dys, own, variant.regime in EXTREME)
+            extreme, wider = variant.regime in EXTREME, variant.regime == "float64"
+            judgement = judge(program, variant.args, dys, own, extreme, wider)
         except Broken as broken:
             self._broken(program, variant, dys, broken, own)
             return

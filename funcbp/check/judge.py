@@ -22,6 +22,8 @@ __all__ = ["Evidence", "Judgement", "judge"]
 
 # Elements on which finite differences are taken, for each argument that is in doubt.
 EXAMINED = 6
+# What a rule made for float32, with constants of so many digits, may lose in float64.
+DIGITS = 1e-6
 
 
 class Evidence(NamedTuple):
@@ -62,7 +64,12 @@ class Judgement(NamedTuple):
 
 
 def judge(
-    program: Program, args: Sequence[Any], dys: list, own: bool = True, extreme: bool = False
+    program: Program,
+    args: Sequence[Any],
+    dys: list,
+    own: bool = True,
+    extreme: bool = False,
+    wider: bool = False,
 ) -> Judgement:
     """Judges the rule at a point.
 
@@ -72,6 +79,7 @@ def judge(
       dys: one cotangent for each floating output.
       own: the caller's own arguments, at which a nan is wrong even where autodiff has one too.
       extreme: values far from ordinary ones, at which a few digits do not matter.
+      wider: types wider than the caller's, in which the caller's own digits are enough.
 
     Raises:
       Broken: the rule raised and the primal did not.
@@ -140,6 +148,8 @@ def judge(
             noise = noise + negligible(program, args, floating, n) + 1e-3 * largest(truth[n])
         elif not own:
             noise = noise + floor(program, args, n)
+        if wider:
+            noise = noise + DIGITS * largest(truth[n])
         found = _examine(program, point, n, (g, truth[n], plain), noise, own)
         if found is not None:
             evidence.append(found)

@@ -8,7 +8,7 @@
 None of these is a derivative: the auditor calls them surrogates, since they say so.
 
 Saves: nothing.
-Edge:  straight_through_sign is 0 at 0; with a limit, dx = 0 where |x| is above it.
+Edge:  straight_through_sign is 0 at 0.
 Dtype: x's.
 Ref:   Bengio et al., 2013, section 4 (straight through); Ganin et al., 2016, section 3.1
        (reversal).
@@ -31,24 +31,33 @@ CASES = (
 )
 
 
-def _shaped(plain, value, pulled, cases=CASES) -> Op:
-    """An op with the value of `value` and the pullback `pulled(dy, x or None)`.
+def _meant(value: Array, x: Array, factor: float = 1.0) -> Array:
+    """`value` exactly, with `factor` as its derivative by x."""
+    change = jnp.where(jnp.isfinite(x), x - jax.lax.stop_gradient(x), 0)  # 0, whose slope is 1
+    return jax.lax.stop_gradient(value) + factor * change
+
+
+def _shaped(plain, value, pulled, **settings) -> Op:
+    """An op with the value of `value` and the pullback `pulled(dy, **settings)`.
 
     Args:
-      plain: differentiable JAX with that value and that gradient.
+      plain: differentiable JAX with that value and that gradient. It is also what runs forward,
+        for second derivatives go through the value.
       value: the function whose derivative the gradient is not.
-      pulled: (dy, **settings) -> dx.
-      cases: its cases.
+      pulled: (dy, settings) -> dx.
+      **settings: of its cases.
     """
 
     def fwd(x, **static):
-        return value(x, **static), None
+        return plain(x, **static), None
 
     def bwd(_, dy, **static):
         return (pulled(dy, **static),)
 
-    name = plain.__name__.strip("_")
-    return op(plain, fwd, bwd, surrogate_of=value, cases=cases, name=name)
+    cases = [
+        Case(c.name, *c.args, bench=c.bench, transformed=c.transformed, **settings) for c in CASES
+    ]
+    return op(plain, fwd, bwd, surrogate_of=value, cases=cases, name=plain.__name__.strip("_"))
 
 
 def _passed(dy):
@@ -61,7 +70,7 @@ def _round(x):
 
 def _straight_through_round(x: X) -> X:
     """x rounded to the nearest integer, halves to even; the gradient passes as it is."""
-    return jax.lax.stop_gradient(jnp.round(x) - x) + x
+    return _meant(jnp.round(x), x)
 
 
 straight_through_round = _shaped(_straight_through_round, _round, _passed)
@@ -73,7 +82,7 @@ def _sign(x):
 
 def _straight_through_sign(x: X) -> X:
     """-1, 0 or 1 as x is; the gradient passes as it is."""
-    return jax.lax.stop_gradient(jnp.sign(x) - x) + x
+    return _meant(jnp.sign(x), x)
 
 
 straight_through_sign = _shaped(_straight_through_sign, _sign, _passed)
@@ -85,32 +94,26 @@ def _same(x, **_):
 
 def _scale_gradient(x: X, *, scale: float) -> X:
     """x; its gradient is multiplied by `scale`."""
-    return scale * x + jax.lax.stop_gradient(x - scale * x)
+    return _meant(x, x, scale)
 
 
 def _scaled(dy, scale):
     return dy * scale
 
 
-def _with(cases, **settings):
-    return tuple(
-        Case(c.name, *c.args, bench=c.bench, transformed=c.transformed, **settings) for c in cases
-    )
-
-
-scale_gradient = _shaped(_scale_gradient, _same, _scaled, _with(CASES, scale=0.3))
+scale_gradient = _shaped(_scale_gradient, _same, _scaled, scale=0.3)
 
 
 def _reverse_gradient(x: X, *, scale: float = 1.0) -> X:
     """x; its gradient is multiplied by -scale."""
-    return -scale * x + jax.lax.stop_gradient(x + scale * x)
+    return _meant(x, x, -scale)
 
 
 def _reversed(dy, scale):
     return -scale * dy
 
 
-reverse_gradient = _shaped(_reverse_gradient, _same, _reversed, _with(CASES, scale=0.7))
+reverse_gradient = _shaped(_reverse_gradient, _same, _reversed, scale=0.7)
 
 
 def _stop_gradient(x: X) -> X:
