@@ -36,7 +36,8 @@ _logistic = FORMULAS["sigmoid"].value
 
 def _softplus(x: X) -> X:
     """log(1 + exp(x))."""
-    return jnp.where(x > 0, x, 0) + jnp.log1p(jnp.exp(-jnp.where(x < 0, -x, x)))
+    # The pieces' slopes at 0, 1 and -1/2, add up to the whole's.
+    return jnp.where(x < 0, 0, x) + jnp.log1p(jnp.exp(-jnp.where(x < 0, -x, x)))
 
 
 def _softplus_plain(x: X) -> X:
@@ -164,7 +165,11 @@ log1mexp = pointwise(
     like=jax.nn.log1mexp,
     cases=(
         Case("positive", uniform(3, 5, low=0.01, high=5.0)),
-        Case("tails", values([1e-30, 1e-5, 0.5, 0.69, 0.7, 9.0, 17.0, 40.0, 88.0, 1e30])),
+        Case(
+            "tails",
+            values([1e-30, 1e-5, 0.5, 0.69, 0.7, 9.0, 17.0, 40.0, 88.0, 1e30]),
+            transformed=False,  # float32 holds no second derivative at 1e-30
+        ),
         Case("empty", (0, 3)),
         Case("log survivals", uniform(2048, 4096, low=0.01, high=20.0), bench=True),
     ),
