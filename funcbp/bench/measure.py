@@ -92,7 +92,7 @@ def measure(
       digits: whether errors are measured too.
     """
     rule = _ours(op, op, case, dtype, digits)
-    others = {}
+    others: dict[str, Any] = {}
     for name in against:
         try:
             others[name] = (
@@ -102,7 +102,7 @@ def measure(
             )
         except Unavailable:
             continue
-    runs = [rule.run, *(_run(c) for c in others.values()), rule.run]
+    runs = [rule.run, *(other.run for other in others.values()), rule.run]
     calls = [_calls(run) for run in runs]
     samples = [
         [_seconds(run, n) for run, n in zip(runs, calls, strict=True)] for _ in range(rounds)
@@ -127,10 +127,6 @@ def measure(
             _ratio(rule.error, other.error),
             share,
         )
-
-
-def _run(contender: Any) -> Callable[[], Any]:
-    return contender.run
 
 
 def _ours(op: Op, f: Callable, case: Case, dtype: str, digits: bool) -> _Contender:

@@ -14,7 +14,7 @@ import numpy as np
 
 from funcbp.check import explore
 from funcbp.check.compare import split
-from funcbp.check.evaluate import Evaluator
+from funcbp.check.evaluate import Evaluator, compiled
 from funcbp.check.explore import Trait, Variant
 from funcbp.check.program import Program
 
@@ -110,7 +110,7 @@ def _other_sides(
     if not free:
         return
 
-    @jax.jit
+    @compiled
     def outcomes(floating, fixed):
         hook = _Comparisons()
         Evaluator(program.closed, hook=hook)(*_leaves(floating, fixed))
