@@ -5,6 +5,7 @@ report.ok; print(report); report.raise_if_wrong()
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,14 +16,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from funcbp.check.compare import split
+from funcbp.check.compare import named, split
 from funcbp.check.evaluate import Evaluator
 from funcbp.check.examine import examine
 from funcbp.check.finding import Finding
 from funcbp.check.hijax import Primitive
 from funcbp.check.report import Origin, Report
-from funcbp.check.subject import subject_at, subject_of
-from funcbp.check.watch import Sighting, plain_name, watching
+from funcbp.check.subject import renamed, subject_at, subject_of
+from funcbp.check.watch import Sighting, parameters, plain_name, telling, watching
 from funcbp.core import InputError
 
 __all__ = ["audit", "audited", "check_rule", "surrogate"]
@@ -32,6 +33,7 @@ SIGNATURES = 3
 # Random directions along which a whole function's derivative is compared.
 DIRECTIONS = 4
 IN_CONTEXT = "right where it is called: the gradient of the whole is that without the rule"
+NOT_ASKED = "right where it is called: JAX tells the rule that {} is not differentiated"
 
 
 def surrogate(f: Any) -> Any:
@@ -95,7 +97,7 @@ def audit(
             ) from error
     findings = audited(
         seen,
-        context=lambda: _right_in_context(f, args, kwargs),
+        context=Context(f, args, kwargs),
         expect=expect,
         thorough=thorough,
         seed=seed,
@@ -118,7 +120,7 @@ def _require_verdicts(expect: Mapping[str, str] | None) -> None:
 def audited(
     seen: Sequence[Sighting],
     *,
-    context: Callable[[], bool] | None = None,
+    context: "Context | None" = None,
     expect: Mapping[str, str] | None = None,
     thorough: bool = True,
     seed: int = 0,
@@ -147,48 +149,91 @@ def audited(
             share = max(end - time.monotonic(), 0.0) / left
             findings.append(_rule(group, expect or {}, thorough, seed, share))
             bar.advance(task)
-    dropped = [i for i, f in enumerate(findings) if f.cause == "dropped_argument"]
-    if dropped and context is not None and context():
-        for i in dropped:
-            findings[i] = findings[i]._replace(
-                verdict="right", cause=None, argument=None, message=IN_CONTEXT
-            )
+    if context is not None:
+        findings = [context.vindicated(finding) for finding in findings]
     order = {"wrong": 0, "unchecked": 1, "surrogate": 2, "right": 3}
     return sorted(findings, key=lambda f: order[f.verdict])
 
 
-def _right_in_context(f: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether the gradient of the whole function is that without any rule.
+class Context:
+    """The whole function around its rules: what is wrong for some caller may be right for this one.
 
     A rule that hands an argument no cotangent may be right where it is called: a solver's is none
-    of its first guess, and a decomposition may come beside the matrix that it was made from.
+    of its first guess, and a decomposition may come beside the matrix that it was made from. A rule
+    that is told which arguments are differentiated owes the others nothing.
     """
-    layout, floating, fixed = split(args, kwargs)
 
-    def value(floating):
-        leaves = jax.tree.leaves(layout.call(f, floating, fixed))
+    def __init__(self, f: Callable, args: tuple, kwargs: dict[str, Any]):
+        self.layout, self.floating, self.fixed = split(args, kwargs)
+        self.f = f
+
+    def vindicated(self, finding: Finding) -> Finding:
+        """The finding, or that its rule is right here."""
+        if finding.verdict != "wrong" or not self.floating:
+            return finding
+        said = None
+        with contextlib.suppress(Exception):  # a gradient that cannot be had vindicates nothing
+            if finding.cause == "dropped_argument" and self.right:
+                said = IN_CONTEXT
+            elif _owes_nothing(finding, self.asked):
+                said = NOT_ASKED.format(finding.argument)
+        if said is None:
+            return finding
+        return finding._replace(verdict="right", cause=None, argument=None, message=said)
+
+    def value(self, floating: dict[str, Any]) -> list[Any]:
+        leaves = jax.tree.leaves(self.layout.call(self.f, floating, self.fixed))
         return [y for y in leaves if jnp.issubdtype(y.dtype, jnp.inexact)]
 
-    try:
-        y, pullback = jax.vjp(value, floating)
+    @functools.cached_property
+    def right(self) -> bool:
+        """Whether the gradient of the whole function is that without any rule."""
+        y, pullback = jax.vjp(self.value, self.floating)
         dys = [jnp.cos(jnp.arange(v.size, dtype=v.dtype)).reshape(v.shape) for v in y]
         got = pullback(dys)[0]
-        plain = Evaluator(jax.make_jaxpr(value)(floating))
+        plain = Evaluator(jax.make_jaxpr(self.value)(self.floating))
+        names = sorted(self.floating)
         # Forward mode, which a solver's loop has too, along random directions.
         along = jax.jit(
-            lambda v: jax.jvp(lambda fl: plain(*[fl[n] for n in sorted(fl)]), (floating,), (v,))[1]
+            lambda v: jax.jvp(lambda fl: plain(*[fl[n] for n in names]), (self.floating,), (v,))[1]
         )
         rng = np.random.default_rng(17)
         for _ in range(DIRECTIONS):
-            v = {n: jnp.asarray(rng.standard_normal(x.shape), x.dtype) for n, x in floating.items()}
-            ours = [np.vdot(np.conj(got[n]), v[n]) for n in floating]
+            v = {
+                n: jnp.asarray(rng.standard_normal(x.shape), x.dtype)
+                for n, x in self.floating.items()
+            }
+            ours = [np.vdot(np.conj(got[n]), v[n]) for n in names]
             terms = [np.vdot(np.conj(d), t) for d, t in zip(dys, along(v), strict=True)]
             size = max(map(abs, [*ours, *terms]))
             if not abs(sum(ours) - sum(terms)) <= 1e-3 * size:
                 return False
-    except Exception:
+        return True
+
+    @functools.cached_property
+    def asked(self) -> dict[Any, set[str]]:
+        """By rule, the arguments that it is told are differentiated; of those that are told."""
+        asked: dict[Any, set[str]] = {}
+
+        def told(rule, arguments):
+            names = asked.setdefault(_identity(rule), set())
+            dynamic = [a for i, a in enumerate(arguments) if i not in rule.nondiff_argnums]
+            paths = jax.tree_util.tree_flatten_with_path(
+                (tuple(dynamic), {}), is_leaf=lambda x: hasattr(x, "perturbed")
+            )[0]
+            names.update(named(p) for p, pair in paths if getattr(pair, "perturbed", True))
+
+        with telling(told):
+            jax.eval_shape(lambda floating: jax.vjp(self.value, floating)[1], self.floating)
+        return asked
+
+
+def _owes_nothing(finding: Finding, asked: dict[Any, set[str]]) -> bool:
+    rule = finding.source
+    if not getattr(rule, "symbolic_zeros", False) or _identity(rule) not in asked:
         return False
-    return bool(floating)
+    known = [n for i, n in enumerate(parameters(rule.fun)) if i not in rule.nondiff_argnums]
+    return finding.argument not in {renamed(name, known) for name in asked[_identity(rule)]}
 
 
 def _identity(rule: Any) -> Any:

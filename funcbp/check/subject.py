@@ -15,7 +15,7 @@ from funcbp.check.hijax import RULES, Adapter, as_rule
 from funcbp.check.watch import Sighting, completed, location, parameters, plain_name
 from funcbp.core import Op
 
-__all__ = ["Setting", "Subject", "subject_at", "subject_of"]
+__all__ = ["Setting", "Subject", "renamed", "subject_at", "subject_of"]
 
 # The author's own word, in a name or docstring, that the gradient is not the derivative on purpose.
 _OF = r"[\s_-]+(?:(?:of|the|its|a|your)[\s_-]+)*"
@@ -64,11 +64,16 @@ class Subject(NamedTuple):
 
     def argument(self, name: str) -> str:
         """`argument 0['w']` as the reader knows it: `params['w']`."""
-        number, bracket, rest = name.removeprefix("argument ").partition("[")
-        if name.startswith("argument ") and int(number.split(".")[0]) < len(self.parameters):
-            head, dot, attribute = number.partition(".")
-            return self.parameters[int(head)] + dot + attribute + bracket + rest
-        return name
+        return renamed(name, self.parameters)
+
+
+def renamed(name: str, parameters: Sequence[str]) -> str:
+    """`argument 0['w']` with the parameter's own name, where it is known."""
+    number, bracket, rest = name.removeprefix("argument ").partition("[")
+    if name.startswith("argument ") and int(number.split(".")[0]) < len(parameters):
+        head, dot, attribute = number.partition(".")
+        return parameters[int(head)] + dot + attribute + bracket + rest
+    return name
 
 
 def subject_at(sighting: Sighting, expected: str | None = None) -> Subject:

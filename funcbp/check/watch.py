@@ -24,7 +24,15 @@ import numpy as np
 
 from funcbp.check.hijax import RULES, Primitive, as_rule
 
-__all__ = ["Sighting", "completed", "location", "parameters", "plain_name", "watching"]
+__all__ = [
+    "Sighting",
+    "completed",
+    "location",
+    "parameters",
+    "plain_name",
+    "telling",
+    "watching",
+]
 
 _token = jax.make_user_context(default_value=0)
 _tokens = itertools.count(1)
@@ -203,6 +211,36 @@ def watching() -> Iterator[list[Sighting]]:
         _watch.reset(token)
         for cls, original in originals.items():
             cls.__call__ = original
+
+
+@contextlib.contextmanager
+def telling(told: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Calls `told(rule, arguments)` as JAX tells a rule which leaves are differentiated.
+
+    Only rules with `symbolic_zeros` are told; the leaves are `jax.custom_derivatives`' pairs of a
+    value and whether it is perturbed.
+    """
+    original = jax.custom_vjp.__call__
+
+    def __call__(self, *args, **kwargs):
+        if not self.symbolic_zeros:
+            return original(self, *args, **kwargs)
+        fwd = self.fwd
+
+        def noted(*arguments):
+            told(self, arguments)
+            return fwd(*arguments)
+
+        listening = object.__new__(type(self))
+        vars(listening).update(vars(self), fwd=noted)
+        return original(listening, *args, **kwargs)
+
+    jax.custom_vjp.__call__ = __call__
+    try:
+        with _token(next(_tokens)):
+            yield
+    finally:
+        jax.custom_vjp.__call__ = original
 
 
 def _note(rule: Any, args: tuple, kwargs: dict, seen: list[Sighting], index: dict) -> None:

@@ -350,3 +350,28 @@ def test_variants_take_the_branches_that_were_not_seen():
     args = (X, rate)
     plain = Program(subject_of(jnp.multiply, [args])[0], args)
     assert list(branches(plain, args)) == []
+
+
+@pytest.mark.parametrize("inside", (False, True))
+def test_a_rule_that_is_told_what_is_differentiated_owes_nothing_to_the_rest(inside):
+    @jax.custom_vjp
+    def scaled(x, table):
+        return x * jnp.sum(table[0])
+
+    def fwd(x, table):
+        return scaled(x.value, table.value), (x.value, table.value)
+
+    def bwd(saved, dy):
+        x, table = saved
+        return dy * jnp.sum(table[0]), jnp.full_like(table, jnp.vdot(dy, x))
+
+    scaled.defvjp(fwd, bwd, symbolic_zeros=True)
+
+    def loss(x, table):
+        return jnp.sum(jnp.sin(scaled(x, table)))
+
+    x, table = jnp.arange(3.0), jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    of_x, of_table = (jax.jit(jax.grad(loss, i)) if inside else loss for i in (0, 1))
+    assert funcbp.audit(lambda x: of_x(x, table), x).ok
+    (finding,) = funcbp.audit(lambda table: of_table(x, table), table).findings
+    assert (finding.verdict, finding.argument) == ("wrong", "table")
