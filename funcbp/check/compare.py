@@ -7,6 +7,7 @@ elements of its own size, so that an error in a small element does not hide behi
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -156,21 +157,38 @@ class _Sample(NamedTuple):
     dtype: Any
 
 
+class _Same:
+    """A function as a key: itself alone, hashable or not."""
+
+    def __init__(self, f: Callable):
+        self.f = f
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Same) and self.f is other.f
+
+    def __hash__(self) -> int:
+        return id(self.f)
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(same: _Same, cotangents: bool) -> tuple[Any, Any]:
+    """f with its cotangents, and the shapes of its value: traced once for draws and calls alike."""
+    f = same.f
+    # What pulls back itself is a large program, of which the digits are not the point.
+    jit = jax.jit if cotangents else compiled
+    value = jax.jit(
+        lambda layout, floating, fixed: layout.call(f, floating, fixed), static_argnums=0
+    )
+    return jit(_value_and_cotangents(f), static_argnums=0), value.eval_shape
+
+
 class _Measure:
-    """Runs the three; each is compiled once for all draws."""
+    """Runs the three."""
 
     def __init__(self, f: Callable, reference: Callable, cotangents: bool):
         self.cotangents = cotangents
-        self.reference = reference
-        # What pulls back itself is a large program, of which the digits are not the point.
-        jit = jax.jit if cotangents else compiled
-        self.run_rule = jit(_value_and_cotangents(f), static_argnums=0)
-        self.run_reference = jit(_value_and_cotangents(reference), static_argnums=0)
-        # Traced once, too.
-        self.value = jax.jit(
-            lambda layout, floating, fixed: layout.call(reference, floating, fixed),
-            static_argnums=0,
-        ).eval_shape
+        self.run_rule, _ = _programs(_Same(f), cotangents)
+        self.run_reference, self.value = _programs(_Same(reference), cotangents)
 
     def __call__(self, arguments: "Arguments", seed: list[int]) -> list[_Sample]:
         layout, floating, fixed = arguments
