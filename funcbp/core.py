@@ -226,7 +226,10 @@ class Op:
 
         def forward(*arrays):
             y, saved = self._forward(arrays, static)
-            return y, _Residuals(saved, tuple(map(_Primal.of, arrays)), _origins(arrays, saved))
+            origins = _origins(arrays, saved)
+            if origins is not None and any(isinstance(a, Tracer) for a in jax.tree.leaves(arrays)):
+                y = self._as_plain(y, arrays, static)
+            return y, _Residuals(saved, tuple(map(_Primal.of, arrays)), origins)
 
         def backward(residuals, dy):
             return self._backward(residuals, dy, static)
@@ -251,10 +254,7 @@ class Op:
         def fwd(*arrays):
             return self.apply(self.fwd, self._named(arrays), static)
 
-        def plain(*arrays):
-            return self.apply(self.plain, self._named(arrays), static)
-
-        y = jax.eval_shape(plain, *arrays)
+        y = jax.eval_shape(functools.partial(self._plain, static=static), *arrays)
         bare = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
         saved = jax.eval_shape(fwd, *bare)[1]
         known = [jax.typeof(a) for a in jax.tree.leaves(arrays)] + jax.tree.leaves(y)
@@ -300,6 +300,32 @@ class Op:
         rest = iter(flat)
         return tuple(p.rebuilt(rest) for p in primals)
 
+    def _as_plain(self, y: Any, arrays: tuple, static: dict[str, Any]) -> Any:
+        """y, whose own derivative, which second derivatives need, is that of plain.
+
+        Where JAX differentiates fwd itself, a square root may have a slope of nan at 0, or a loop
+        no transpose. The pullback does not need it if it has plain's derivative too: see `_twice`.
+        """
+        if _on_explicit_mesh(arrays) or any(not _inexact(leaf) for leaf in jax.tree.leaves(y)):
+            return y
+
+        @jax.custom_jvp
+        def value(y, *arrays):
+            return y
+
+        @value.defjvp
+        def _(primals, tangents):
+            y, *arrays = primals
+            plain = functools.partial(self._plain, static=static)
+            tangent = jax.jvp(plain, tuple(arrays), tuple(tangents[1:]))[1]
+            return y, jax.tree.map(lambda d, y: _vary(d, _varying(jax.typeof(y))), tangent, y)
+
+        setattr(value, "unaudited", True)  # noqa: B010 (it is the identity)
+        return value(jax.lax.stop_gradient(y), *arrays)
+
+    def _plain(self, *arrays: Any, static: dict[str, Any]) -> Any:
+        return self.apply(self.plain, self._named(arrays), static)
+
     def _twice(
         self, pullback: Callable, residuals: "_Residuals", leaves: list, static: dict[str, Any]
     ) -> Callable:
@@ -316,10 +342,8 @@ class Op:
             return jax.tree.map(lambda leaf: _vary(leaf, axes), tree)
 
         def reference(arrays, dy):
-            def value(*arrays):
-                return self.apply(self.plain, self._named(arrays), static)
-
-            cotangents = jax.vjp(value, *arrays)[1](dy)
+            plain = functools.partial(self._plain, static=static)
+            cotangents = jax.vjp(plain, *arrays)[1](dy)
             return [d for d in jax.tree.leaves(cotangents) if d.dtype != jax.dtypes.float0]
 
         @jax.custom_jvp
@@ -384,7 +408,7 @@ class _Primal(NamedTuple):
         return cls(tree, tuple(jax.typeof(leaf) for leaf in leaves))
 
     def floating(self) -> list[Any]:
-        return [a for a in self.avals if jnp.issubdtype(a.dtype, jnp.inexact)]
+        return [a for a in self.avals if _inexact(a)]
 
     def cotangents(self, argument: Any, what: str) -> list[jax.Array]:
         """The cotangents of the floating leaves, each in its primal's type."""
@@ -395,11 +419,11 @@ class _Primal(NamedTuple):
         return [
             _typed(leaf, aval, what)
             for leaf, aval in zip(leaves, self.avals, strict=True)
-            if jnp.issubdtype(aval.dtype, jnp.inexact)
+            if _inexact(aval)
         ]
 
     def rebuilt(self, rest: Iterator[jax.Array]) -> Any:
-        leaves = [next(rest) if jnp.issubdtype(a.dtype, jnp.inexact) else None for a in self.avals]
+        leaves = [next(rest) if _inexact(a) else None for a in self.avals]
         return jax.tree.unflatten(self.tree, leaves)
 
 
@@ -459,6 +483,10 @@ def _sharding_like(shape: tuple[int, ...], known: Sequence[Any]) -> NamedShardin
     best = max(known, key=shared)
     spec = tuple(best.sharding.spec)[: shared(best)]
     return NamedSharding(best.sharding.mesh, PartitionSpec(*spec))
+
+
+def _inexact(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _as_arrays(argument: Any) -> Any:
