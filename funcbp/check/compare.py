@@ -23,8 +23,8 @@ from funcbp.core import InputError, Op
 # So draws are repeated, at least and at most this often, until this many elements are pooled.
 DRAWS, POOL = (8, 128), 512
 # Of two functions equally far off, one may still meet the badly conditioned draw. What exceeds the
-# allowed error by less than this ratio is drawn on, to the most draws, before it is called wrong.
-NEAR = 4.0
+# allowed error by less than this ratio is drawn on, so often at most, before it is called wrong.
+NEAR, LAST = 4.0, 512
 # Each draw of the arguments is taken at these scales: as well or badly conditioned, with zeros and
 # ties where they were, but rounded anew.
 SCALES = (1.0, 31 / 32, 15 / 16, 29 / 32)
@@ -121,14 +121,14 @@ def compare(
     pools: dict[str, list[_Sample]] = {}
     measured = _Measure(f, reference, cotangents)
     rows, due = (), DRAWS[0]
-    for draw in range(DRAWS[1]):
-        arguments, scale = divmod(draw, len(SCALES))
+    for draw in range(LAST):
         if case is not None:
-            args, kwargs = case.build(seed + arguments)
-        for sample in measured(_scaled(args, kwargs, SCALES[scale]), [seed, draw]):
+            args, kwargs = case.build(seed + draw)
+        scale = SCALES[draw % len(SCALES)]
+        for sample in measured(_scaled(args, kwargs, scale), [seed, draw]):
             pools.setdefault(sample.what, []).append(sample)
         enough = draw + 1 >= due and all(len(p) * p[0].truth.size >= POOL for p in pools.values())
-        if enough or draw + 1 == DRAWS[1]:
+        if enough or draw + 1 in (DRAWS[1], LAST):
             rows = tuple(_judge(pool) for pool in pools.values())
             if not any(1 < row.excess < NEAR for row in rows):
                 break
