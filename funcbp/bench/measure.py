@@ -71,6 +71,16 @@ class _Contender(NamedTuple):
     bytes: float = 0.0
 
 
+class _Draw(NamedTuple):
+    """One draw of a test case, with value and cotangents of `plain` in float64."""
+
+    layout: Any
+    floating: dict[str, Any]
+    fixed: list[Any]
+    dy: Any
+    truth: Any
+
+
 def measure(
     op: Op,
     case: Case,
@@ -91,14 +101,15 @@ def measure(
       rounds: of the contenders in turn.
       digits: whether errors are measured too.
     """
-    rule = _ours(op, op, case, dtype, digits)
+    draws = tuple(_draws(op, dtype)) if digits else ()
+    rule = _ours(op, case, dtype, draws)
     others: dict[str, Any] = {}
     for name in against:
         try:
             others[name] = (
-                _ours(op, op.plain, case, dtype, digits)
+                _ours(op.plain, case, dtype, draws)
                 if name == "autodiff"
-                else counterpart(name, op, case, dtype, lambda f: _ours(op, f, case, dtype, digits))
+                else counterpart(name, op, case, dtype, lambda f: _ours(f, case, dtype, draws))
             )
         except Unavailable:
             continue
@@ -129,7 +140,7 @@ def measure(
         )
 
 
-def _ours(op: Op, f: Callable, case: Case, dtype: str, digits: bool) -> _Contender:
+def _ours(f: Callable, case: Case, dtype: str, draws: Sequence[_Draw]) -> _Contender:
     """A JAX function of the op's arguments, compiled with its pullback."""
     args, kwargs = case.build(0, dtype)
     layout, floating, fixed = split(args, kwargs)
@@ -144,7 +155,7 @@ def _ours(op: Op, f: Callable, case: Case, dtype: str, digits: bool) -> _Contend
         lambda: jax.block_until_ready(compiled(floating, fixed, dy)),
         saved_bytes(f, *args, **kwargs),
         memory.temp_size_in_bytes if memory is not None else None,
-        _error(op, f, dtype) if digits else None,
+        _error(f, draws) if draws else None,
         float(cost.get("flops", 0.0)),
         moved,
     )
@@ -156,9 +167,11 @@ def _bytes(tree: Any) -> float:
 
 
 def _pulled(f: Callable, layout: Any) -> Callable:
-    """(floating, fixed, dy) -> (value, cotangents)."""
+    """(floating, fixed, dy) -> (value, cotangents); the value alone if dy is None."""
 
     def run(floating, fixed, dy):
+        if dy is None:
+            return layout.call(f, floating, fixed), None
         y, pullback = jax.vjp(lambda floating: layout.call(f, floating, fixed), floating)
         return y, pullback(dy)[0]
 
@@ -170,25 +183,30 @@ def _cotangent(y: Any, seed: int) -> Any:
     return jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), a.dtype), y)
 
 
-def _error(op: Op, f: Callable, dtype: str) -> float:
-    """The mean relative error of all elements of value and cotangents, each at most 1.
-
-    On the op's test cases, which hold its tails, ties and offsets, against `plain` in float64.
-    """
-    errors: list[np.ndarray] = []
+def _draws(op: Op, dtype: str) -> Iterable[_Draw]:
+    """The op's test cases, which hold its tails, ties and offsets."""
     for case in op.cases:
         if case.bench or dtype not in case.dtypes:
             continue
+        pulled = None
         for seed in range(DRAWS):
             layout, floating, fixed = split(*case.build(seed, dtype))
-            y = jax.eval_shape(lambda fl: layout.call(op.plain, fl, fixed), floating)  # noqa: B023
-            dy = _cotangent(y, seed)
-            got = jax.jit(_pulled(f, layout))(floating, fixed, dy)
+            pulled = pulled or jax.jit(_pulled(op.plain, layout))
+            dy = _cotangent(pulled.eval_shape(floating, fixed, None)[0], seed)
             with jax.enable_x64(True):
                 wide = jax.tree.map(lambda v: np.asarray(v).astype(np.float64), (floating, dy))
-                truth = jax.jit(_pulled(op.plain, layout))(wide[0], fixed, wide[1])
-            leaves = zip(jax.tree.leaves(got), jax.tree.leaves(truth), strict=True)
-            errors += [_relative(widened(g), np.asarray(t)).ravel() for g, t in leaves]
+                truth = pulled(wide[0], fixed, wide[1])
+            yield _Draw(layout, floating, fixed, dy, jax.tree.map(np.asarray, truth))
+
+
+def _error(f: Callable, draws: Sequence[_Draw]) -> float:
+    """The mean relative error of all elements of value and cotangents, each at most 1."""
+    errors: list[np.ndarray] = []
+    programs: dict[Any, Callable] = {}
+    for layout, floating, fixed, dy, truth in draws:
+        run = programs.setdefault(layout, jax.jit(_pulled(f, layout)))
+        leaves = zip(jax.tree.leaves(run(floating, fixed, dy)), jax.tree.leaves(truth), strict=True)
+        errors += [_relative(widened(g), t).ravel() for g, t in leaves]
     return float(np.mean(np.concatenate(errors))) if errors else 0.0
 
 
