@@ -3,7 +3,7 @@
 import math
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 def wide(x: Array) -> Array:
@@ -26,17 +26,27 @@ def shifted(x: Array, axis, where: Array | None) -> tuple[Array, Array]:
     return x - m, m
 
 
-def others(z: Array, axis) -> Array:
-    """sum(exp(z)) - 1 along `axis`, kept, for entries z <= 0 whose largest is 0.
+def others(x: Array, m: Array, axis, where: Array | None = None) -> Array:
+    """sum(exp(x - m)) - 1 along `axis`, kept, m the largest unmasked entry as `shifted` gives it.
 
     The largest entry adds exactly 1. Kept apart, the rest does not drown in it: log1p(rest) is the
     logarithm of the sum, and rest / (1 + rest) is what the largest softmax lacks to 1. With no
-    unmasked entry (all z = -inf) it is 0.
+    unmasked entry it is 0.
+
+    Two sums: of all but the largest, and of all, from which the number of the largest follows. XLA
+    on CPU takes a sum of exponentials, products and minima without writing the terms out, but not
+    one of comparisons, nor two at a time: so a minimum, and a barrier between them.
     """
-    top = z == 0
-    rest = jnp.sum(jnp.where(top, 0, jnp.exp(z)), axis=axis, keepdims=True)
-    ties = jnp.sum(top, axis=axis, keepdims=True, dtype=z.dtype)
-    return rest + jnp.maximum(ties - 1, 0)
+    x = x if where is None else jnp.where(where, x, -jnp.inf)
+    most = float(jnp.finfo(x.dtype).max)
+
+    def total(terms):
+        return jnp.sum(terms, axis=axis, keepdims=True)
+
+    # An infinite entry would make it -inf; the other sum is inf then.
+    rest = jnp.maximum(total(jnp.exp(x - m) * jnp.minimum((x - m) * -most, 1)), 0)
+    m, rest = lax.optimization_barrier((m, rest))
+    return rest + jnp.maximum(jnp.round(total(jnp.exp(x - m)) - rest) - 1, 0)
 
 
 def near_root(x: Array, root: float, series: tuple[float, ...], else_: Array) -> Array:

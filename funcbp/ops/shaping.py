@@ -3,6 +3,7 @@
     straight_through_round, straight_through_sign: y = round(x), sign(x)     dx = dy
     scale_gradient:    y = x     dx = scale dy
     reverse_gradient:  y = x     dx = -scale dy
+    clip_gradient:     y = x     dx = min(max(dy, -limit), limit)
     stop_gradient:     y = x     dx = 0
 
 None of these is a derivative: the auditor calls them surrogates, since they say so.
@@ -16,6 +17,8 @@ Ref:   Bengio et al., 2013, section 4 (straight through); Ganin et al., 2016, se
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
 from funcbp.case import Case, values
@@ -126,3 +129,26 @@ def _none(dy):
 
 
 stop_gradient = _shaped(_stop_gradient, _same, _none)
+
+
+# --- clip_gradient: what no derivative can give, as it is not linear in dy: so its yardstick is a
+#     primitive, the identity, whose transpose clips.
+
+_clipped = Primitive("clipped")
+_clipped.def_impl(lambda x, **_: x)
+_clipped.def_abstract_eval(lambda x, **_: x)
+mlir.register_lowering(_clipped, lambda context, x, **_: [x])
+ad.deflinear2(_clipped, lambda dy, _, *, limit: [jnp.clip(dy, -limit, limit)])
+batching.defvectorized(_clipped)
+
+
+def _clip_gradient(x: X, *, limit: float) -> X:
+    """x; each element of its gradient is clipped to [-limit, limit]."""
+    return _clipped.bind(x, limit=limit)
+
+
+def _clip(dy, limit):
+    return jnp.clip(dy, -limit, limit)
+
+
+clip_gradient = _shaped(_clip_gradient, _same, _clip, limit=0.6)

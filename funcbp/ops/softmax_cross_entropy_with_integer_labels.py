@@ -105,22 +105,33 @@ def _label(shape, labels, axis):
     return jnp.expand_dims(wrapped, axes) == index, (wrapped >= 0) & (wrapped < classes)
 
 
+def _at_label(logits, labels, axis):
+    """The logit of each label; of any label where it is out of range."""
+    axes = _axes(axis, logits.ndim)
+    last = tuple(range(logits.ndim - len(axes), logits.ndim))
+    classes = math.prod(logits.shape[a] for a in axes)
+    flat = jnp.moveaxis(logits, axes, last).reshape(*labels.shape, classes)
+    index = jnp.clip(jnp.where(labels < 0, labels + classes, labels), 0, classes - 1)
+    return jnp.take_along_axis(flat, index[..., None], axis=-1)[..., 0]
+
+
 def fwd(logits, labels, axis, where):
-    where = _expanded(where, logits, axis)
-    z, m = shifted(wide(logits), axis, where)
-    rest = others(z, axis)
-    hit, valid = _label(logits.shape, labels, axis)
+    mask = _expanded(where, logits, axis)
+    _, m = shifted(wide(logits), axis, mask)
+    rest = others(wide(logits), m, axis, mask)
+    _, valid = _label(logits.shape, labels, axis)
     # A masked label still counts, as in optax: so its logit is taken before the mask.
-    at_label = jnp.sum(jnp.where(hit, wide(logits) - m, 0), axis=axis)
+    at_label = wide(_at_label(logits, labels, axis)) - jnp.squeeze(m, axis)
     loss = jnp.squeeze(jnp.log1p(rest), axis) - at_label
-    if where is not None:
-        loss = jnp.where(jnp.any(where, axis), loss, 0)
+    if mask is not None:
+        loss = jnp.where(jnp.any(mask, axis), loss, 0)
     loss = jnp.where(valid, loss, jnp.nan)
     return loss.astype(logits.dtype), (logits, labels, where, m, rest)
 
 
 def bwd(saved, dloss, *, axis):
     logits, labels, where, m, rest = saved
+    where = _expanded(where, logits, axis)
     hit, _ = _label(logits.shape, labels, axis)
     z = wide(logits) - m
     e = jnp.exp(z)
