@@ -1,7 +1,9 @@
 """The declared ops, their cases, and the transformations that a rule must stand.
 
 A transformation takes a function of the floating arrays and gives value and cotangents by another
-way: inside `scan`, under `vmap`, on a mesh. All of them go through the one yardstick.
+way: inside `scan`, under `vmap`, on a mesh. All of them go through the one yardstick. What they
+must equal is the same without the transformation, one part after the other: XLA sees that most of
+it is the same, and compiles it once.
 """
 
 import dataclasses
@@ -16,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import funcbp
 from funcbp import Case, Op
+from funcbp.case import Draw
 from funcbp.check.compare import Layout, split
 
 OPS = {name: op for name, op in vars(funcbp.ops).items() if isinstance(op, Op)}
@@ -24,6 +27,19 @@ OPS = {name: op for name, op in vars(funcbp.ops).items() if isinstance(op, Op)}
 def cases() -> list[tuple[Op, Case]]:
     """Every op with every case that is not for the bench."""
     return [(op, case) for op in OPS.values() for case in op.cases if not case.bench]
+
+
+def transformed() -> list[tuple[Op, Case]]:
+    """Of each op the first case with such arguments and settings; values are for other tests."""
+    first: dict[Any, tuple[Op, Case]] = {}
+    for op, case in cases():
+        if case.transformed:
+            given = (*case.args, *case.kwargs.values())
+            kinds = [v.kind if isinstance(v, Draw) else type(v) for v in given]
+            drawn = {"normal": tuple, "uniform": tuple, "values": tuple}
+            kinds = tuple(drawn.get(k, k) for k in kinds)
+            first.setdefault((op.name, kinds, *sorted(case.kwargs)), (op, case))
+    return list(first.values())
 
 
 def label(value: Any) -> str:
@@ -76,6 +92,11 @@ class Call:
     def value(self, floating: dict) -> Any:
         return self.layout.call(self.f, floating, self.fixed)
 
+    @property
+    def bare(self) -> bool:
+        """Whether this is what the op is compared with: without the transformations."""
+        return not isinstance(self.f, Op)
+
     def pulled_back(self, value: Callable, floating: dict, dy: Any) -> dict:
         """Value and cotangents of `value`, which computes the same as `self.value`."""
         y, pullback = jax.vjp(value, floating)
@@ -92,13 +113,16 @@ class Call:
 
 
 def checkpointed(call: Call, floating: dict) -> dict:
-    return call.pulled_back(jax.checkpoint(call.value), floating, call.dy)
+    value = call.value if call.bare else jax.checkpoint(call.value)
+    return call.pulled_back(value, floating, call.dy)
 
 
 def in_scan(call: Call, floating: dict) -> dict:
     """Two steps: residuals are stacked, and the arguments, loop constants, get a sum."""
 
     def value(floating):
+        if call.bare:
+            return _stacked([_times(call.value(floating), s) for s in STEPS])
         return jax.lax.scan(lambda c, s: (c, _times(call.value(floating), s)), 0.0, STEPS)[1]
 
     return call.pulled_back(value, floating, _pair(call.dy))
@@ -108,6 +132,8 @@ def in_cond(call: Call, floating: dict) -> dict:
     """One branch of a cond whose predicate is traced."""
 
     def value(floating):
+        if call.bare:
+            return call.value(floating)
         taken = sum((jnp.sum(v) for v in floating.values()), jnp.zeros(())) < jnp.inf
         zeros = jax.tree.map(jnp.zeros_like, call.dy)
         return jax.lax.cond(taken | True, call.value, lambda _: zeros, floating)
@@ -121,6 +147,8 @@ def in_while(call: Call, floating: dict) -> dict:
     def both(floating):
         return call.pulled_back(call.value, floating, call.dy)
 
+    if call.bare:
+        return both(floating)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(both, floating))
     return jax.lax.while_loop(lambda s: s[0] < 1, lambda s: (1, both(floating)), (0, zeros))[1]
 
@@ -140,6 +168,12 @@ def vmapped(call: Call, floating: dict, mapped: tuple[bool, ...] | None = None) 
         return call.layout.call(call.f, floating, [fixed[i] for i in range(len(fixed))])
 
     def value(floating):
+        if call.bare:
+            parts = [
+                {n: v[k] if chosen[n] else v for n, v in floating.items()}
+                for k in range(len(STEPS))
+            ]
+            return _stacked([call.value(part) for part in parts])
         return jax.vmap(one, in_axes=axes)(floating, fixed)
 
     return call.pulled_back(value, stacked, _pair(call.dy))
@@ -176,11 +210,7 @@ def _weights(tree: Any) -> Any:
 
 
 def sharded(call: Call, floating: dict, varied: Callable[[int], bool]) -> dict:
-    """`shard_map` over two devices, of which each has its own part of the varied arguments.
-
-    What it must equal is the same without `shard_map`, where each part comes after the other: not
-    every function of JAX is legal there (the derivative of erf is not, in JAX 0.12.0.1).
-    """
+    """`shard_map` over two devices, of which each has its own part of the varied arguments."""
     mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
     names = list(floating)
     specs = {n: P("i") if varied(k) else P() for k, n in enumerate(names)}
@@ -192,12 +222,11 @@ def sharded(call: Call, floating: dict, varied: Callable[[int], bool]) -> dict:
         return jax.tree.map(lambda y: _varying(y)[None], y)
 
     def value(floating):
-        if isinstance(call.f, Op):
-            f = jax.shard_map(local, mesh=mesh, in_specs=(specs, P()), out_specs=P("i"))
-            return f(floating, call.fixed)
-        parts = [{n: v[k] if specs[n] else v for n, v in floating.items()} for k in range(2)]
-        values = [call.layout.call(call.f, part, call.fixed) for part in parts]
-        return jax.tree.map(lambda *ys: jnp.stack(ys), *values)
+        if call.bare:
+            parts = [{n: v[k] if specs[n] else v for n, v in floating.items()} for k in range(2)]
+            return _stacked([call.value(part) for part in parts])
+        f = jax.shard_map(local, mesh=mesh, in_specs=(specs, P()), out_specs=P("i"))
+        return f(floating, call.fixed)
 
     return call.pulled_back(value, stacked, _pair(call.dy))
 
@@ -234,6 +263,10 @@ STEPS = np.array([1.0, -0.5], np.float32)
 
 def _times(tree: Any, s: Any) -> Any:
     return jax.tree.map(lambda y: y * s.astype(y.dtype), tree)
+
+
+def _stacked(values: list) -> Any:
+    return jax.tree.map(lambda *ys: jnp.stack(ys), *values)
 
 
 def _pair(tree: Any) -> Any:

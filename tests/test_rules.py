@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from rules import FIRST_ORDER, OPS, SECOND_ORDER, Call, Cast, WithCotangent, cases, every_way, label
+from rules import (
+    FIRST_ORDER,
+    OPS,
+    SECOND_ORDER,
+    Call,
+    Cast,
+    WithCotangent,
+    cases,
+    every_way,
+    label,
+    transformed,
+)
 
 import funcbp
 from funcbp.check import compare
@@ -21,7 +32,7 @@ def test_value_and_cotangents(op, case):
         compare(op, Cast(op, case, dtype)).raise_if_wrong()
 
 
-@pytest.mark.parametrize(("op", "case"), [c for c in cases() if c[1].transformed], ids=label)
+@pytest.mark.parametrize(("op", "case"), transformed(), ids=label)
 def test_transformations(op, case):
     drawn = WithCotangent(op, case, "float32")
     rule, plain = (

@@ -26,8 +26,8 @@ def shifted(x: Array, axis, where: Array | None) -> tuple[Array, Array]:
     return x - m, m
 
 
-def others(x: Array, m: Array, axis, where: Array | None = None) -> Array:
-    """sum(exp(x - m)) - 1 along `axis`, kept, m the largest unmasked entry as `shifted` gives it.
+def others(x: Array, m: Array, axis, where: Array | None = None) -> tuple[Array, Array]:
+    """`(rest, m)`: sum(exp(x - m)) - 1 along `axis`, kept, for the m that `shifted` gives.
 
     The largest entry adds exactly 1. Kept apart, the rest does not drown in it: log1p(rest) is the
     logarithm of the sum, and rest / (1 + rest) is what the largest softmax lacks to 1. With no
@@ -35,7 +35,8 @@ def others(x: Array, m: Array, axis, where: Array | None = None) -> Array:
 
     Two sums: of all but the largest, and of all, from which the number of the largest follows. XLA
     on CPU takes a sum of exponentials, products and minima without writing the terms out, but not
-    one of comparisons, nor two at a time: so a minimum, and a barrier between them.
+    one of comparisons, nor two at a time, nor one whose terms the backward pass takes as well: so a
+    minimum, and barriers, one of which is on the m that is returned.
     """
     x = x if where is None else jnp.where(where, x, -jnp.inf)
     most = float(jnp.finfo(x.dtype).max)
@@ -46,7 +47,8 @@ def others(x: Array, m: Array, axis, where: Array | None = None) -> Array:
     # An infinite entry would make it -inf; the other sum is inf then.
     rest = jnp.maximum(total(jnp.exp(x - m) * jnp.minimum((x - m) * -most, 1)), 0)
     m, rest = lax.optimization_barrier((m, rest))
-    return rest + jnp.maximum(jnp.round(total(jnp.exp(x - m)) - rest) - 1, 0)
+    ties = jnp.round(total(jnp.exp(x - m)) - rest)
+    return lax.optimization_barrier((rest + jnp.maximum(ties - 1, 0), m))
 
 
 def near_root(x: Array, root: float, series: tuple[float, ...], else_: Array) -> Array:

@@ -96,7 +96,7 @@ def check(logits, labels, weights, *, label_smoothing, z_loss, ignore_index):
 def fwd(logits, labels, weights, *, label_smoothing, z_loss, ignore_index):
     x = wide(logits)
     _, m = shifted(x, -1, None)
-    rest = others(x, m, -1)
+    rest, m = others(x, m, -1)
     n = logits.shape[-1]
     log_total = jnp.log1p(rest[..., 0])
     index = jnp.clip(labels, 0, n - 1)[..., None]

@@ -46,7 +46,7 @@ def plain(
 
 def fwd(x, axis, where):
     z, m = shifted(wide(x), axis, where)
-    rest = others(wide(x), m, axis, where)
+    rest, m = others(wide(x), m, axis, where)
     # z - log(sum), not x - (m + log(sum)): the small logarithm would drown in a large m.
     y = z - jnp.log1p(rest)
     y = y if where is None else jnp.where(where, y, -jnp.inf)

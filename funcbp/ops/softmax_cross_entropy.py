@@ -90,10 +90,12 @@ class Row(NamedTuple):
 
 def fwd(logits, labels, axis, where):
     mask = expanded(where, logits, axis)
-    z, m = shifted(wide(logits), axis, mask)
-    rest = others(wide(logits), m, axis, mask)
-    total = jnp.sum(masked(mask, wide(labels) + jnp.zeros_like(z)), axis=axis, keepdims=True)
-    loss = jnp.sum(masked(mask, wide(labels) * (jnp.log1p(rest) - z)), axis=axis)
+    rest, m = others(wide(logits), shifted(wide(logits), axis, mask)[1], axis, mask)
+    t = jnp.broadcast_to(wide(labels), logits.shape)
+    total = jnp.sum(masked(mask, t), axis=axis, keepdims=True)
+    loss = jnp.sum(masked(mask, t * (jnp.log1p(rest) - (wide(logits) - m))), axis=axis)
+    # XLA on CPU would write out what this sum and the backward pass both take of m.
+    m, rest = jax.lax.optimization_barrier((m, rest))
     dtype = jnp.result_type(logits, labels)
     return loss.astype(dtype), (logits, labels, where, Row(m, rest, total))
 

@@ -118,7 +118,7 @@ def _at_label(logits, labels, axis):
 def fwd(logits, labels, axis, where):
     mask = _expanded(where, logits, axis)
     _, m = shifted(wide(logits), axis, mask)
-    rest = others(wide(logits), m, axis, mask)
+    rest, m = others(wide(logits), m, axis, mask)
     _, valid = _label(logits.shape, labels, axis)
     # A masked label still counts, as in optax: so its logit is taken before the mask.
     at_label = wide(_at_label(logits, labels, axis)) - jnp.squeeze(m, axis)
