@@ -21,10 +21,10 @@ from funcbp.core import InputError, Op
 
 # The error of autodiff on one element may be 0 by luck; its error on many is what the dtype allows.
 # So draws are repeated, at least and at most this often, until this many elements are pooled.
-DRAWS, POOL = (8, 128), 512
+DRAWS, POOL = (8, 32), 512
 # Of two functions equally far off, one may still meet the badly conditioned draw. What exceeds the
 # allowed error by less than this ratio is drawn on, so often at most, before it is called wrong.
-NEAR, LAST = 4.0, 512
+NEAR, LAST = 16.0, 512
 # Each draw of the arguments is taken at these scales: as well or badly conditioned, with zeros and
 # ties where they were, but rounded anew.
 SCALES = (1.0, 31 / 32, 15 / 16, 29 / 32)
