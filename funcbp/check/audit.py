@@ -56,7 +56,7 @@ def audit(
     expect: Mapping[str, str] | None = None,
     thorough: bool = True,
     seed: int = 0,
-    seconds: float = 60.0,
+    seconds: float = 45.0,
     progress: bool | None = None,
     **kwargs: Any,
 ) -> Report:
