@@ -11,6 +11,12 @@ def wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def contracted(spec: str, a: Array, b: Array) -> Array:
+    """jnp.einsum, accumulated and returned in float32 or wider."""
+    dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    return jnp.einsum(spec, a, b, preferred_element_type=dtype)
+
+
 def rows(x: Array) -> Array:
     """x with all axes but the last merged: [..., n] -> [rows, n]."""
     # reshape(-1, n) cannot tell the number of rows when n is 0.

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from funcbp.case import Case
 from funcbp.core import InputError, op
-from funcbp.ops._numeric import rows, wide
+from funcbp.ops._numeric import contracted, rows, wide
 from funcbp.ops.linear import product
 
 
@@ -62,19 +62,13 @@ def check(x, y, w, b=None):
         )
 
 
-def _contracted(spec, a, b):
-    """In float32 or wider."""
-    dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
-    return jnp.einsum(spec, a, b, preferred_element_type=dtype)
-
-
 def _matrix(w):
     return w.reshape(w.shape[0], w.shape[1] * w.shape[2])
 
 
 def fwd(x, y, w, b=None):
     u = product(x, _matrix(w)).reshape(*x.shape[:-1], *w.shape[1:])
-    z = _contracted("...jo,...j->...o", u.astype(jnp.result_type(x, w)), y)
+    z = contracted("...jo,...j->...o", u.astype(jnp.result_type(x, w)), y)
     z = z if b is None else z + wide(b)
     dtype = jnp.result_type(*[a for a in (x, y, w, b) if a is not None])
     return z.astype(dtype), (x, y, w, b, u.astype(dtype))
@@ -86,7 +80,7 @@ def bwd(saved, dz):
     flat = du.reshape(*x.shape[:-1], _matrix(w).shape[1]).astype(dz.dtype)
     dx = product(flat, _matrix(w).T)
     dw = product(rows(x).T, rows(flat)).reshape(w.shape)
-    dy = _contracted("...jo,...o->...j", u, dz)
+    dy = contracted("...jo,...o->...j", u, dz)
     return dx, dy, dw, None if b is None else jnp.sum(rows(wide(dz)), axis=0)
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from funcbp.case import Case
 from funcbp.core import InputError, op
+from funcbp.ops._numeric import contracted
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -89,15 +90,9 @@ def _parsed(subscripts: str, *ndims: int) -> tuple[str, str, str]:
     return p, q, out
 
 
-def _contracted(spec: str, x: Array, y: Array) -> Array:
-    """Accumulated and returned in float32 or wider."""
-    dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
-    return jnp.einsum(spec, x, y, preferred_element_type=dtype)
-
-
 def fwd(subscripts, a, b):
     p, q, out = _parsed(subscripts, a.ndim, b.ndim)
-    y = _contracted(f"{p},{q}->{out}", a, b)
+    y = contracted(f"{p},{q}->{out}", a, b)
     return y.astype(jnp.result_type(a, b)), (a, b)
 
 
@@ -109,7 +104,7 @@ def bwd(saved, dy, *, subscripts):
 
 def _cotangent(x, names, other, others, dy, out):
     there = "".join(c for c in names if c in out + others)
-    d = _contracted(f"{out},{others}->{there}", dy, other)
+    d = contracted(f"{out},{others}->{there}", dy, other)
     alone = [i for i, c in enumerate(names) if c not in there]
     return jnp.broadcast_to(jnp.expand_dims(d, alone), x.shape)
 
