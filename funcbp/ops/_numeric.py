@@ -1,9 +1,10 @@
 """Numerics that several rules share."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array, lax, tree
 
 
 def wide(x: Array) -> Array:
@@ -15,6 +16,16 @@ def contracted(spec: str, a: Array, b: Array) -> Array:
     """jnp.einsum, accumulated and returned in float32 or wider."""
     dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
     return jnp.einsum(spec, a, b, preferred_element_type=dtype)
+
+
+def loop_zeros(shape: tuple[int, ...], like: Any) -> Array:
+    """Zeros that vary over the mesh axes that any of these arrays varies over, as a loop needs."""
+    arrays = tree.leaves(like)
+    dtypes = [a.dtype for a in arrays if jnp.issubdtype(a.dtype, jnp.floating)]
+    zeros = jnp.zeros(shape, jnp.promote_types(jnp.result_type(*dtypes), jnp.float32))
+    for a in arrays:
+        zeros += jnp.zeros_like(a, shape=(), dtype=zeros.dtype)
+    return zeros
 
 
 def rows(x: Array) -> Array:

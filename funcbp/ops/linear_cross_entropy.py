@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from funcbp.case import Case, integers, normal, uniform, values
 from funcbp.core import InputError, op
-from funcbp.ops._numeric import rows, wide
+from funcbp.ops._numeric import loop_zeros, rows, wide
 from funcbp.ops.linear import check as check_linear
 from funcbp.ops.linear import product
 
@@ -193,11 +193,11 @@ def over_rows(head: Head, every: Rows, r: int | None) -> tuple[Array, Cotangents
         return losses, Cotangents(dh, dw, dbias)
 
     init = (
-        _zeros((n, 1), like),
+        loop_zeros((n, 1), like),
         Cotangents(
-            _zeros(every.h.shape, like),
-            _zeros(head.w.shape, like),
-            None if head.bias is None else _zeros(head.bias.shape, like),
+            loop_zeros(every.h.shape, like),
+            loop_zeros(head.w.shape, like),
+            None if head.bias is None else loop_zeros(head.bias.shape, like),
         ),
     )
     if r == n:  # no loop for one chunk, or for none
@@ -208,8 +208,8 @@ def over_rows(head: Head, every: Rows, r: int | None) -> tuple[Array, Cotangents
 def _chunk(head: Head, here: Rows, d: Cotangents) -> tuple[_Seen, Array, Array, Array | None]:
     """What is seen of the rows, their dh, and dw and dbias with theirs added."""
     like, v = (here, head.w, head.bias), head.w.shape[1]
-    zeros = _zeros(here.a.shape, like)
-    seen, dh = _Seen(zeros - jnp.inf, zeros, zeros, zeros), _zeros(here.h.shape, like)
+    zeros = loop_zeros(here.a.shape, like)
+    seen, dh = _Seen(zeros - jnp.inf, zeros, zeros, zeros), loop_zeros(here.h.shape, like)
     if head.chunk == v:
         x, _, column = _logits(head, here.h, 0)
         seen = _with(seen, here, x, column, None)
@@ -297,16 +297,6 @@ def _added_at(total: Array, part: Array, start: Any, axis: int) -> Array:
         return total + part
     part += jax.lax.dynamic_slice_in_dim(total, start, size, axis)
     return jax.lax.dynamic_update_slice_in_dim(total, part, start, axis)
-
-
-def _zeros(shape: tuple[int, ...], like: Any) -> Array:
-    """Zeros that vary over the mesh axes that any of these arrays varies over, as a loop needs."""
-    arrays = jax.tree.leaves(like)
-    dtypes = [a.dtype for a in arrays if jnp.issubdtype(a.dtype, jnp.floating)]
-    zeros = jnp.zeros(shape, jnp.promote_types(jnp.result_type(*dtypes), jnp.float32))
-    for a in arrays:
-        zeros += jnp.zeros_like(a, shape=(), dtype=zeros.dtype)
-    return zeros
 
 
 linear_cross_entropy = op(

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from funcbp.case import Case, values
 from funcbp.core import InputError, op
+from funcbp.ops._numeric import loop_zeros
 from funcbp.ops.linear import product
 
 # Rows of one block, at most.
@@ -95,17 +96,8 @@ def _times(x: Array, w: Array, group_sizes: Array) -> Array:
         part = jnp.where(rows, part, _block(y, start))
         return lax.dynamic_update_slice_in_dim(y, part, start, 0)
 
-    zeros = _zeros((len(x), w.shape[2]), x, w, group_sizes)
+    zeros = loop_zeros((len(x), w.shape[2]), (x, w, group_sizes))
     return _over_blocks(len(x), group_sizes, step, zeros)
-
-
-def _zeros(shape, *like):
-    """Zeros that vary over the mesh axes that any of these arrays varies over, as a loop needs."""
-    dtype = jnp.promote_types(jnp.result_type(*like[:2]), jnp.float32)
-    zeros = jnp.zeros(shape, dtype)
-    for a in like:
-        zeros += jnp.zeros_like(a, shape=(), dtype=dtype)
-    return zeros
 
 
 def fwd(lhs, rhs, group_sizes):
@@ -121,7 +113,7 @@ def bwd(saved, dy):
         part += lax.dynamic_index_in_dim(dw, g, keepdims=False)
         return lax.dynamic_update_index_in_dim(dw, part, g, 0)
 
-    zeros = _zeros(w.shape, x, w, group_sizes, dy)
+    zeros = loop_zeros(w.shape, (x, w, group_sizes, dy))
     dw = _over_blocks(len(x), group_sizes, step, zeros)
     return _times(dy, jnp.swapaxes(w, 1, 2), group_sizes), dw, None
 
