@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from funcbp.case import Case, booleans, integers, values
 from funcbp.core import InputError, op
 from funcbp.ops._numeric import others, shifted, wide
+from funcbp.ops.softmax_cross_entropy import expanded
 
 
 def plain(
@@ -49,7 +50,7 @@ def plain(
     Raises:
       InputError: the shapes do not fit.
     """
-    where = _expanded(where, logits, axis)
+    where = expanded(where, logits, axis)
     hit, valid = _label(logits.shape, labels, axis)
     at_label = jnp.sum(jnp.where(hit, logits, 0), axis=axis)
     rivals = ~hit if where is None else ~hit & where
@@ -85,12 +86,6 @@ def _axes(axis, ndim):
     return tuple(a % ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
 
 
-def _expanded(where, logits, axis):
-    if where is None or where.ndim == logits.ndim:
-        return where
-    return jnp.expand_dims(where, axis)
-
-
 def _label(shape, labels, axis):
     """`(hit, valid)`: which entry of the logits is the label's, and which labels are in range."""
     axes = _axes(axis, len(shape))
@@ -116,7 +111,7 @@ def _at_label(logits, labels, axis):
 
 
 def fwd(logits, labels, axis, where):
-    mask = _expanded(where, logits, axis)
+    mask = expanded(where, logits, axis)
     _, m = shifted(wide(logits), axis, mask)
     rest, m = others(wide(logits), m, axis, mask)
     _, valid = _label(logits.shape, labels, axis)
@@ -131,7 +126,7 @@ def fwd(logits, labels, axis, where):
 
 def bwd(saved, dloss, *, axis):
     logits, labels, where, m, rest = saved
-    where = _expanded(where, logits, axis)
+    where = expanded(where, logits, axis)
     hit, _ = _label(logits.shape, labels, axis)
     z = wide(logits) - m
     e = jnp.exp(z)
