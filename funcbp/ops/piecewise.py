@@ -131,7 +131,7 @@ def _hard_silu(x: X) -> X:
 
 
 def _hard_silu_slope(x):
-    inside = x / 3 + 0.5
+    inside = (x + 1.5) / 3  # exact in the sum around the zero at -1.5
     return jnp.where(x > -3, jnp.where(x < 3, inside, 1), 0)
 
 

@@ -90,7 +90,7 @@ def bwd(saved, dloss, *, epsilon, axis):
     logits, labels, where, (m, r, s, w) = saved
     t, z, dloss = wide(labels), wide(logits) - m, wide(dloss).reshape(m.shape)
     p = jnp.exp(z) / r
-    dx = dloss * (p * ((s + epsilon * (w / r)) - epsilon * t) - t)
+    dx = dloss * (p * (s + epsilon * (w / r - t)) - t)
     dt = dloss * (epsilon * (1 - p) + (jnp.log(r) - z))
     return masked(where, dx), summed_to(masked(where, dt), labels.shape), None
 
