@@ -34,38 +34,54 @@ def rows(x: Array) -> Array:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def shifted(x: Array, axis, where: Array | None) -> tuple[Array, Array]:
-    """`(z, m)` with z = x - m, m the largest unmasked entry along `axis` (0 if none is finite)."""
+def largest(x: Array, axis, where: Array | None) -> Array:
+    """The largest unmasked entry along `axis`, kept, in x's dtype; 0 if it is not finite."""
     if where is not None:
         x = jnp.where(where, x, -jnp.inf)
     m = jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf)
-    m = jnp.where(jnp.isfinite(m), m, 0)
-    return x - m, m
+    return jnp.where(jnp.isfinite(m), m, 0)
 
 
-def others(x: Array, m: Array, axis, where: Array | None = None) -> tuple[Array, Array]:
-    """`(rest, m)`: sum(exp(x - m)) - 1 along `axis`, kept, for the m that `shifted` gives.
+def others(x: Array, axis, where: Array | None = None) -> tuple[Array, Array]:
+    """`(rest, m)`: m = `largest`, and sum(exp(x - m)) - 1 along `axis`, kept, both wide.
 
     The largest entry adds exactly 1. Kept apart, the rest does not drown in it: log1p(rest) is the
     logarithm of the sum, and rest / (1 + rest) is what the largest softmax lacks to 1. With no
     unmasked entry it is 0.
 
-    Two sums: of all but the largest, and of all, from which the number of the largest follows. XLA
-    on CPU takes a sum of exponentials, products and minima without writing the terms out, but not
-    one of comparisons, nor two at a time, nor one whose terms the backward pass takes as well: so a
-    minimum, and barriers, one of which is on the m that is returned.
+    Two sums: the terms of all but the largest, and their number; on CPU only where some row needs
+    them, else it is the sum less 1. XLA on CPU takes a sum of exponentials, products and
+    minima without writing the terms out, but not one of comparisons, nor one whose terms the
+    backward pass takes as well; it writes out a constant as large as x; and two sums that are added
+    become one loop, five times as slow. So a minimum, constants a row, a selection before the sums
+    are added, and a barrier.
     """
-    x = x if where is None else jnp.where(where, x, -jnp.inf)
-    most = float(jnp.finfo(x.dtype).max)
+    m = wide(largest(x, axis, where))
+    x = wide(x if where is None else jnp.where(where, x, -jnp.inf))
 
     def total(terms):
         return jnp.sum(terms, axis=axis, keepdims=True)
 
-    # An infinite entry would make it -inf; the other sum is inf then.
-    rest = jnp.maximum(total(jnp.exp(x - m) * jnp.minimum((x - m) * -most, 1)), 0)
-    m, rest = lax.optimization_barrier((m, rest))
-    ties = jnp.round(total(jnp.exp(x - m)) - rest)
-    return lax.optimization_barrier((rest + jnp.maximum(ties - 1, 0), m))
+    def apart(m):
+        zero = m - m
+        most, one = zero - float(jnp.finfo(m.dtype).max), zero + 1
+
+        def below(m, most, one):  # 1 for an entry below m, 0 for one that is m
+            return jnp.minimum((x - m) * most, one)
+
+        rest = total(jnp.exp(x - m) * below(m, most, one))
+        # An infinite entry would make it -inf; the number of the largest is inf then.
+        rest = jnp.where(rest > 0, rest, 0)
+        ties = x.size // max(m.size, 1) - total(below(*lax.optimization_barrier((m, most, one))))
+        return rest + jnp.where(ties > 1, ties - 1, 0)
+
+    def quick(m):
+        whole = total(jnp.exp(x - m))
+        return lax.cond(jnp.all(whole > 1.5), lambda m: whole - 1, apart, m)
+
+    # Elsewhere the test would be a wait for other devices.
+    rest = lax.platform_dependent(m, cpu=quick, default=apart)
+    return lax.optimization_barrier((rest, m))
 
 
 def near_root(x: Array, root: float, series: tuple[float, ...], else_: Array) -> Array:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from funcbp.case import Case, integers, normal, uniform, values
 from funcbp.core import InputError, op
-from funcbp.ops._numeric import others, shifted, wide
+from funcbp.ops._numeric import largest, others, wide
 
 
 def plain(
@@ -55,7 +55,7 @@ def plain(
     hit = labels[..., None] == jnp.arange(n)
     # log(sum) = log(e^label + the others' sum): so a sure label keeps its digits.
     at_label = jnp.sum(jnp.where(hit, x, 0), axis=-1)
-    m = jax.lax.stop_gradient(shifted(x, -1, ~hit)[1])
+    m = jax.lax.stop_gradient(largest(x, -1, ~hit))
     total = jnp.sum(jnp.where(hit, 0, jnp.exp(jnp.where(hit, 0, x - m))), axis=-1)
     margin = jnp.log(jnp.where(total > 0, total, 1)) + jnp.squeeze(m, -1) - at_label
     loss = jnp.logaddexp(jnp.where(total > 0, margin, -jnp.inf), 0)
@@ -95,8 +95,7 @@ def check(logits, labels, weights, *, label_smoothing, z_loss, ignore_index):
 
 def fwd(logits, labels, weights, *, label_smoothing, z_loss, ignore_index):
     x = wide(logits)
-    _, m = shifted(x, -1, None)
-    rest, m = others(x, m, -1)
+    rest, m = others(logits, -1)
     n = logits.shape[-1]
     log_total = jnp.log1p(rest[..., 0])
     index = jnp.clip(labels, 0, n - 1)[..., None]

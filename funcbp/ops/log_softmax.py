@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from funcbp.core import op
-from funcbp.ops._numeric import others, shifted, wide
+from funcbp.ops._numeric import largest, others, wide
 from funcbp.ops.softmax import CASES, Axis
 
 
@@ -34,7 +34,7 @@ def plain(
     Returns:
       The shape and dtype of x.
     """
-    z = x - jax.lax.stop_gradient(shifted(x, axis, where)[1])
+    z = x - jax.lax.stop_gradient(largest(x, axis, where))
     z = z if where is None else jnp.where(where, z, -jnp.inf)
     # The largest entries, z = 0, add expm1(0) = 0, and one of them the 1 in log1p.
     top = z == 0
@@ -45,10 +45,9 @@ def plain(
 
 
 def fwd(x, axis, where):
-    z, m = shifted(wide(x), axis, where)
-    rest, m = others(wide(x), m, axis, where)
-    # z - log(sum), not x - (m + log(sum)): the small logarithm would drown in a large m.
-    y = z - jnp.log1p(rest)
+    rest, m = others(x, axis, where)
+    # x - m first: the small logarithm would drown in a large m.
+    y = (wide(x) - m) - jnp.log1p(rest)
     y = y if where is None else jnp.where(where, y, -jnp.inf)
     return y.astype(x.dtype), (x, m, rest, where)
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 from funcbp.case import Case, booleans, normal, values
 from funcbp.core import op
 from funcbp.ops._losses import masked, summed_to
-from funcbp.ops._numeric import shifted, wide
+from funcbp.ops._numeric import largest, wide
 
 Axis = int | tuple[int, ...] | None
 
@@ -49,7 +49,8 @@ def plain(
     Returns:
       The logarithm in the shape of a without `axis`, or with `return_sign` that and the sign.
     """
-    z, m = _shifted(a, axis, b, where)
+    m = _largest(a, axis, b, where)
+    z = _exponents(a - m, b, where)
     m = jax.lax.stop_gradient(m)
     e = jnp.exp(z)
     total = jnp.sum(masked(where, e if b is None else b * e), axis=axis, keepdims=True)
@@ -59,12 +60,16 @@ def plain(
     return _finished(y, jnp.sign(total), axis, b, keepdims, return_sign)
 
 
-def _shifted(a, axis, b, where):
-    """`(z, m)`: m the largest entry that counts, z = a - m, and 0 where masked."""
+def _largest(a, axis, b, where):
+    """The largest entry that counts."""
     counts = where if b is None else masked(where, b != 0, False)
-    _, m = shifted(jax.lax.stop_gradient(a), axis, counts)
-    z = masked(where, a - m)
-    return (z if b is None else _capped(z, b)), m
+    return largest(jax.lax.stop_gradient(a), axis, counts)
+
+
+def _exponents(z, b, where):
+    """z, but 0 where masked."""
+    z = masked(where, z)
+    return z if b is None else _capped(z, b)
 
 
 def _capped(z, b):
@@ -83,8 +88,8 @@ def _finished(y, sign, axis, b, keepdims, return_sign):
 
 def fwd(a, axis, b, keepdims, return_sign, where):
     dtype = a.dtype if b is None else jnp.result_type(a, b)
-    z, m = _shifted(wide(a), axis, None if b is None else wide(b), where)
-    e = jnp.exp(z)
+    m = wide(_largest(a, axis, b, where))
+    e = jnp.exp(_exponents(wide(a) - m, b, where))
     total = jnp.sum(masked(where, e if b is None else wide(b) * e), axis=axis, keepdims=True)
     y, sign = (jnp.log(jnp.abs(total)) + m).astype(dtype), jnp.sign(total).astype(dtype)
     return _finished(y, sign, axis, b, keepdims, return_sign), (a, b, where, m, total)

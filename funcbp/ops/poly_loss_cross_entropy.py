@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 from funcbp.case import Case
 from funcbp.core import op
 from funcbp.ops._losses import masked, summed_to
-from funcbp.ops._numeric import shifted, wide
+from funcbp.ops._numeric import largest, wide
 from funcbp.ops.softmax import plain as plain_softmax
 from funcbp.ops.softmax_cross_entropy import CASES, Axis
 from funcbp.ops.softmax_cross_entropy import check as check_shapes
@@ -72,8 +72,9 @@ class Row(NamedTuple):
 
 
 def fwd(logits, labels, *, epsilon, axis, where):
-    z, m = shifted(wide(logits), axis, where)
-    t, e = wide(labels), masked(where, jnp.exp(z))
+    m = wide(largest(logits, axis, where))
+    z, t = wide(logits) - m, wide(labels)
+    e = masked(where, jnp.exp(z))
 
     def total(x):
         return jnp.sum(masked(where, x), axis=axis, keepdims=True)

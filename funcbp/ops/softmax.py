@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from funcbp.case import Case, booleans, normal, values
 from funcbp.core import op
-from funcbp.ops._numeric import shifted, wide
+from funcbp.ops._numeric import largest, wide
 
 Axis = int | tuple[int, ...] | None
 MASK = [[True, True, False], [False, False, False], [True, False, False]]
@@ -55,15 +55,15 @@ def plain(
 
 
 def _exp_shifted(x, axis, where):
-    m = jax.lax.stop_gradient(shifted(x, axis, where)[1])
+    m = jax.lax.stop_gradient(largest(x, axis, where))
     if where is None:
         return jnp.exp(x - m)
     return jnp.where(where, jnp.exp(jnp.where(where, x - m, 0)), 0)
 
 
 def fwd(x, axis, where):
-    z, _ = shifted(wide(x), axis, where)
-    e = jnp.exp(z)
+    x_, m = wide(x if where is None else jnp.where(where, x, -jnp.inf)), largest(x, axis, where)
+    e = jnp.exp(x_ - wide(m))
     total = jnp.sum(e, axis=axis, keepdims=True)
     y = (e / jnp.where(total == 0, 1, total)).astype(x.dtype)
     return y, y
@@ -71,9 +71,6 @@ def fwd(x, axis, where):
 
 def bwd(y, dy, *, axis):
     y, dy = wide(y), wide(dy)
-    # Any constant may be taken off dy. Taking off that of a y near 1, if there is one, leaves a
-    # difference of small numbers there; dy - sum(dy y) would leave rounding errors.
-    dy -= jnp.sum(jnp.where(y > 0.5, dy, 0), axis=axis, keepdims=True)
     return y * (dy - jnp.sum(dy * y, axis=axis, keepdims=True)), None
 
 

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Num
 from funcbp.case import Case, booleans, integers, normal, uniform, values
 from funcbp.core import InputError, op
 from funcbp.ops._losses import masked, summed_to
-from funcbp.ops._numeric import others, shifted, wide
+from funcbp.ops._numeric import largest, others, wide
 
 Axis = int | tuple[int, ...] | None
 
@@ -52,7 +52,7 @@ def plain(
       InputError: the shapes do not fit.
     """
     where = expanded(where, logits, axis)
-    z = logits - jax.lax.stop_gradient(shifted(logits, axis, where)[1])
+    z = logits - jax.lax.stop_gradient(largest(logits, axis, where))
     e = masked(where, jnp.exp(masked(where, z)))
     total = jnp.sum(e, axis=axis, keepdims=True)
     log_p = masked(where, z) - jnp.log(jnp.where(total == 0, 1, total))
@@ -90,7 +90,7 @@ class Row(NamedTuple):
 
 def fwd(logits, labels, axis, where):
     mask = expanded(where, logits, axis)
-    rest, m = others(wide(logits), shifted(wide(logits), axis, mask)[1], axis, mask)
+    rest, m = others(logits, axis, mask)
     t = jnp.broadcast_to(wide(labels), logits.shape)
     total = jnp.sum(masked(mask, t), axis=axis, keepdims=True)
     loss = jnp.sum(masked(mask, t * (jnp.log1p(rest) - (wide(logits) - m))), axis=axis)

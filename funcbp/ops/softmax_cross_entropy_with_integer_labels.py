@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from funcbp.case import Case, booleans, integers, values
 from funcbp.core import InputError, op
-from funcbp.ops._numeric import others, shifted, wide
+from funcbp.ops._numeric import largest, others, wide
 from funcbp.ops.softmax_cross_entropy import expanded
 
 
@@ -55,7 +55,7 @@ def plain(
     at_label = jnp.sum(jnp.where(hit, logits, 0), axis=axis)
     rivals = ~hit if where is None else ~hit & where
     # log(sum) = log(e^label + the others' sum): so a sure label keeps its digits.
-    m = jax.lax.stop_gradient(shifted(logits, axis, rivals)[1])
+    m = jax.lax.stop_gradient(largest(logits, axis, rivals))
     total = jnp.sum(jnp.where(rivals, jnp.exp(jnp.where(rivals, logits - m, 0)), 0), axis=axis)
     margin = jnp.log(jnp.where(total > 0, total, 1)) + jnp.squeeze(m, axis) - at_label
     margin = jnp.where(total > 0, margin, -jnp.inf)
@@ -112,8 +112,7 @@ def _at_label(logits, labels, axis):
 
 def fwd(logits, labels, axis, where):
     mask = expanded(where, logits, axis)
-    _, m = shifted(wide(logits), axis, mask)
-    rest, m = others(wide(logits), m, axis, mask)
+    rest, m = others(logits, axis, mask)
     _, valid = _label(logits.shape, labels, axis)
     # A masked label still counts, as in optax: so its logit is taken before the mask.
     at_label = wide(_at_label(logits, labels, axis)) - jnp.squeeze(m, axis)
