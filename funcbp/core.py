@@ -239,8 +239,8 @@ class Op:
             function.__qualname__ = function.__name__
             function.__module__ = self.__module__
         primal.__name__ = primal.__qualname__ = self.name
-        # Lets the auditor and the ledger name the rule they meet.
-        backward.op, forward.static = self, static
+        # Lets the auditor, the ledger and the trace name the rule they meet.
+        backward.op, backward.static, forward.static = self, static, static
         rule = jax.custom_vjp(primal)
         rule.defvjp(forward, backward)
         return rule

@@ -11,6 +11,7 @@ composes them in `combine.py`.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -25,10 +26,10 @@ _path: ContextVar[tuple[str, ...]] = ContextVar("funcbp_layer_path", default=())
 
 
 class Recorder(Protocol):
-    """What `summary` asks to be told about each layer that is applied."""
+    """What is told of each layer that is applied; the values that it returns are used on."""
 
-    def enter(self, path: str, layer: "Layer", params: PyTree) -> None: ...
-    def leave(self, path: str, output: PyTree) -> None: ...
+    def enter(self, path: str, layer: "Layer", params: PyTree, inputs: tuple) -> tuple: ...
+    def leave(self, path: str, layer: "Layer", output: PyTree) -> PyTree: ...
 
 
 _recorder: ContextVar[Recorder | None] = ContextVar("funcbp_recorder", default=None)
@@ -66,8 +67,9 @@ class Layer:
         Raises:
             InputError: the layer keeps state.
         """
+        call = _call if _path.get() else functools.partial(run, self.name)
+        output, state = call(self, params, {}, inputs, key=None, train=False)
         with _outermost(self.name):
-            output, state = _call(self, params, {}, inputs, key=None, train=False)
             if has_leaves(state):
                 raise InputError(_KEEPS_STATE)
         return output
@@ -127,11 +129,14 @@ def run(name: str, layer: Layer, params, state, inputs: tuple, *, key=None, trai
         recorder = _recorder.get()
         if recorder is None:
             return _call(layer, params, state, inputs, key=key, train=train)
-        path = "/".join(_path.get())
-        recorder.enter(path, layer, params)
+        inputs = recorder.enter(path(), layer, params, inputs)
         output, state = _call(layer, params, state, inputs, key=key, train=train)
-        recorder.leave(path, output)
-        return output, state
+        return recorder.leave(path(), layer, output), state
+
+
+def path() -> str:
+    """The names of the layers being run, `serial/dense_0`; empty outside any."""
+    return "/".join(_path.get())
 
 
 @contextlib.contextmanager
@@ -154,7 +159,7 @@ def scope(name: str) -> Iterator[None]:
     except InputError as error:
         raise error.within(name).with_traceback(error.__traceback__) from error.__cause__
     except Exception as error:
-        _note(error, "/".join(_path.get()))
+        _note(error, path())
         raise
     finally:
         _path.reset(token)

@@ -65,12 +65,14 @@ class _Rows:
     def __init__(self):
         self.by_path: dict[str, Row] = {}
 
-    def enter(self, path: str, layer: Layer, params: PyTree) -> None:
+    def enter(self, path: str, layer: Layer, params: PyTree, inputs: tuple) -> tuple:
         # The row is entered before the children run, to stand above theirs.
         self.by_path[path] = Row(path, layer.name, None, *_size(params))
+        return inputs
 
-    def leave(self, path: str, output: PyTree) -> None:
+    def leave(self, path: str, layer: Layer, output: PyTree) -> PyTree:
         self.by_path[path] = self.by_path[path]._replace(output=jax.tree.map(_spec, output))
+        return output
 
 
 def _size(params: PyTree) -> tuple[int, int]:

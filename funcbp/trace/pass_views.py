@@ -1,0 +1,256 @@
+"""A pass for a reader: on a terminal, as a page, as a picture, as plain values."""
+
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from funcbp import page
+from funcbp.core import InputError
+from funcbp.trace.faults import leaves
+from funcbp.trace.origin import human
+
+if TYPE_CHECKING:
+    from funcbp.trace.passes import Pass
+    from funcbp.trace.rows import Parameter, Row
+
+COLUMNS = ("layer", "mean", "rms", "low", "high", "off", "saved", "flops",
+           "arriving", "leaving", "gain", "gradient / parameter")  # fmt: skip
+# Rows at either end, on a terminal and on a page; those between are left out of the table.
+TERMINAL, PAGE = 30, 150
+# Lines of the picture of a training run.
+LINES = 12
+
+
+def table(seen: "Pass", limit: int = TERMINAL) -> Table:
+    """A line a layer, for a terminal.
+
+    Args:
+      limit: how many rows at either end are shown.
+    """
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in COLUMNS:
+        name = column == "layer"
+        shown.add_column(column, justify="left" if name else "right", overflow="fold")
+    for row in _ends(seen.rows, limit):
+        if row is None:
+            shown.add_row("...", f"{len(seen.rows) - 2 * limit:,} more")
+        else:
+            indent = "  " * row.layer.count("/")
+            name = indent + row.name.rpartition("/")[2]
+            shown.add_row(*map(Text, (name, *_cells(row)[1:])))
+    return shown
+
+
+def terminal(seen: "Pass") -> RenderableType:
+    """The headline, the rows, the faults."""
+    return Group(_headline(seen), table(seen), *map(Text, _conclusions(seen)))
+
+
+def text(seen: "Pass") -> str:
+    """The same without colours, wide enough that no cell is folded."""
+    file = io.StringIO()
+    Console(file=file, width=1000, color_system=None, force_terminal=False).print(terminal(seen))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def to_json(seen: "Pass", path: str | Path | None = None) -> dict[str, Any]:
+    """The pass as plain values: loss, rows, parameters, faults.
+
+    Args:
+      path: a file to write it to as well. A number that is not finite is a string there.
+    """
+    whole = {
+        "jax": jax.__version__,
+        "loss": _plain(seen.loss),
+        "saved": seen.saved,
+        "rows": [
+            {n: _plain(v) for n, v in row._asdict().items() if n != "parameters"}
+            | {"gain": _plain(row.gain), "parameters": [_parameter(p) for p in row.parameters]}
+            for row in seen.rows
+        ],
+        "parameters": [_parameter(p) for p in seen.parameters],
+        "faults": [fault._asdict() for fault in seen.faults],
+    }
+    if path is not None:
+        Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    return whole
+
+
+def to_html(seen: "Pass", path: str | Path | None = None) -> str:
+    """A self-contained page; also written to `path`. Rows in the middle of many are left out."""
+    whole = page.page("One pass, forward and back", *sections(seen))
+    if path is not None:
+        Path(path).write_text(whole, encoding="utf-8")
+    return whole
+
+
+def fragment(seen: "Pass") -> str:
+    """A piece of a notebook's page."""
+    return page.fragment(page.text("One pass, forward and back", "h2"), *sections(seen))
+
+
+def sections(seen: "Pass") -> list[str]:
+    """The parts of the page."""
+    parts = [page.text(_headline(seen)), *(_fault(f) for f in seen.faults)]
+    carried = [row.arriving for row in leaves(seen.rows) if row.arriving > 0]
+    parts += [page.line_plot(carried, "RMS of the cotangent that arrives, from the first layer on")]
+    parts += [page.line_plot([r.rms for r in leaves(seen.rows)], "RMS of the output")]
+    rows = [_cells(row) for row in _ends(seen.rows, PAGE) if row is not None]
+    left = len(seen.rows) - len(rows)
+    parts += [page.text("Layers", "h2"), page.table(COLUMNS, rows)]
+    if left:
+        parts += [page.text(f"{left:,} rows in the middle are left out.")]
+    steepest = sorted(seen.parameters, key=_steepness, reverse=True)
+    columns = ("parameter", "numbers", "rms", "rms of the gradient", "ratio")
+    return [
+        *parts,
+        page.text("Parameters, by the ratio of their gradient", "h2"),
+        page.table(columns, [(*p, p.ratio) for p in steepest[: 2 * PAGE]]),
+    ]
+
+
+def plot(seen: "Pass", ax: Any = None) -> Any:
+    """Draws the flow of the gradient: the RMS of each layer's output and of its cotangent.
+
+    Args:
+      ax: the `matplotlib.axes.Axes` to draw on; by default a new figure's.
+
+    Returns:
+      The axes.
+
+    Raises:
+      InputError: matplotlib is not installed.
+    """
+    rows = leaves(seen.rows)
+    ax = axes(ax)
+    places = range(len(rows))
+    # A logarithmic axis has no place for 0.
+    for values, name in (
+        ([row.rms or math.nan for row in rows], "output"),
+        ([row.arriving or math.nan for row in rows], "cotangent that arrives"),
+    ):
+        ax.plot(places, values, marker=".", label=name)
+    ax.set_yscale("log")
+    if len(rows) <= 40:
+        ax.set_xticks(places, [row.name for row in rows], rotation=90, fontsize=8)
+    else:
+        ax.set_xlabel("layer")
+    ax.set_ylabel("RMS")
+    ax.set_title(f"One pass, loss {seen.loss:.4g}")
+    ax.legend()
+    return ax
+
+
+def plot_run(passes: Sequence["Pass"], steps: Sequence[int] | None = None, ax: Any = None) -> Any:
+    """Draws passes of a training run over time: for each parameter gradient over parameter.
+
+    Args:
+      passes: of the same model.
+      steps: of the training run at which they were made; 0, 1, ... by default.
+      ax: the `matplotlib.axes.Axes` to draw on; by default a new figure's.
+
+    Returns:
+      The axes.
+
+    Raises:
+      InputError: there is no pass, or not a step for each; matplotlib is not installed.
+    """
+    steps = range(len(passes)) if steps is None else steps
+    if not passes or len(steps) != len(passes):
+        raise InputError(
+            f"passes need a step each, and there must be one: got {len(passes)} passes and "
+            f"{len(steps)} steps"
+        )
+    ax = axes(ax)
+    last = {p.path: p for p in passes[-1].parameters}
+    names = sorted(last, key=lambda path: -last[path].size)[:LINES]
+    for name in sorted(names, key=list(last).index):
+        found = [{p.path: p for p in seen.parameters}.get(name) for seen in passes]
+        ax.plot(steps, [(p.ratio or math.nan) if p else math.nan for p in found], label=name)
+    ax.plot(steps, [seen.loss for seen in passes], "k--", label="loss")
+    ax.set_yscale("log")
+    ax.set_xlabel("step")
+    ax.set_ylabel("RMS of the gradient / RMS of the parameter")
+    ax.legend(fontsize=8)
+    return ax
+
+
+def axes(ax: Any) -> Any:
+    """The axes given, or those of a new figure."""
+    if ax is not None:
+        return ax
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise InputError(
+            "plot needs matplotlib; install the extra, as in pip install 'funcbp[plot]'"
+        ) from None
+    return pyplot.subplots(figsize=(9, 5), layout="constrained")[1]
+
+
+def _headline(seen: "Pass") -> str:
+    return (
+        f"loss {seen.loss:.6g}; {human(seen.saved)} kept for the backward pass; cotangents as RMS"
+    )
+
+
+def _conclusions(seen: "Pass") -> list[str]:
+    return [str(fault) for fault in seen.faults] or ["no fault is seen"]
+
+
+def _fault(fault: Any) -> str:
+    return page.card(
+        page.escaped(f"{fault.kind}: {fault.layer}"),
+        [("seen", page.escaped(fault.message))],
+        "wrong",
+    )
+
+
+def _ends(rows: Sequence["Row"], limit: int) -> Iterable["Row | None"]:
+    if len(rows) <= 2 * limit:
+        return rows
+    return [*rows[:limit], None, *rows[-limit:]]
+
+
+def _cells(row: "Row") -> tuple[str, ...]:
+    off = row.dead if row.dead is not None else row.saturated
+    word = "dead" if row.dead is not None else "saturated"
+    ratios = [p.ratio for p in row.parameters if p.rms]  # biases may start at 0
+    return (
+        row.name,
+        *map(_number, (row.mean, row.rms, row.low, row.high)),
+        "" if off is None else f"{off:.0%} {word}",
+        human(row.saved),
+        f"{row.flops:.3g}",
+        *map(_number, (row.arriving, row.leaving, row.gain)),
+        _number(max(ratios)) if ratios else "",
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _steepness(parameter: "Parameter") -> float:
+    return -math.inf if math.isnan(parameter.ratio) else parameter.ratio
+
+
+def _parameter(parameter: "Parameter") -> dict[str, Any]:
+    named = parameter._asdict() | {"ratio": parameter.ratio}
+    return {n: _plain(v) for n, v in named.items()}
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no number that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

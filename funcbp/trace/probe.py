@@ -1,0 +1,251 @@
+"""Probes: a marked program, with each mark replaced by what measures it.
+
+A probe is the identity with one more argument, zeros. Its rule returns the cotangent that arrives
+as it is, and as the zeros' own "gradient" a few numbers about it: so the statistics of cotangents
+come out of `jax.grad` itself, whatever stands around the mark. In a `scan` the zeros are scanned
+over, and the numbers come out for each step.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+from jaxtyping import Array, Float
+
+from funcbp.trace.marks import mark_p
+
+__all__ = ["ACTIVATION", "COTANGENT", "Site", "probed", "rms", "sites", "slots"]
+
+# What is measured of an activation, and of a cotangent. `ran` is 0 in a branch not taken; the RMS
+# is that of the finite elements, `bad` counts the others.
+ACTIVATION: tuple[str, ...] = ("ran", "bad", "mean", "rms", "low", "high", "dead", "saturated")
+COTANGENT: tuple[str, ...] = ("bad", "rms")
+
+# Equations that are entered, and where their program stands.
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+
+CHECKPOINTS = ("checkpoint", "remat", "remat2")
+
+# The largest derivative of an activation, in terms of its value: saturated is below 1% of it.
+SLOPES: dict[str, Callable[[Array], Array]] = {
+    "sigmoid": lambda y: 4 * y * (1 - y),
+    "tanh": lambda y: 1 - y * y,
+}
+NAMES = {"logistic": "sigmoid", "hard_tanh": "tanh"}
+RELU = ("relu", "relu6")
+
+
+class Site(NamedTuple):
+    """A mark in a program.
+
+    Attributes:
+        path, kind, side: as it was marked.
+        activation: the name of the activation whose output it is, or "".
+        size: how many numbers the array holds.
+        steps: the lengths of the loops around it, outermost first.
+    """
+
+    path: str
+    kind: str
+    side: str
+    activation: str
+    size: int
+    steps: tuple[int, ...]
+
+
+def sites(jaxpr: Any, steps: tuple[int, ...] = ()) -> Iterator[Site]:
+    """The marks of a program, in the order in which `probed` takes their slots."""
+    makers: dict[Any, Any] = {}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is mark_p:
+            maker = None if isinstance(eqn.invars[0], Literal) else makers.get(eqn.invars[0])
+            size = eqn.invars[0].aval.size
+            yield Site(**eqn.params, activation=_activation(maker), size=size, steps=steps)
+        for inside, length in _inside(eqn):
+            yield from sites(inside, steps + length)
+        makers.update((v, eqn) for v in eqn.outvars)
+
+
+def slots(marked: Sequence[Site]) -> list[Float[Array, "*steps n"]]:
+    """Zeros, whose gradients are the numbers about each site's cotangent."""
+    return [jnp.zeros((*s.steps, len(COTANGENT))) for s in marked]
+
+
+def probed(closed: Any, args: Sequence[Any], zeros: Sequence[Array]) -> tuple[list, list]:
+    """The results of a marked program, and for each mark the numbers about its activation."""
+    return _run(closed.jaxpr, closed.consts, args, list(zeros))
+
+
+def _inside(eqn: Any) -> list[tuple[Any, tuple[int, ...]]]:
+    """The programs that are entered with an equation, each with the length of its loop."""
+    name, params = eqn.primitive.name, eqn.params
+    if name in CALLS:
+        return [(_open(params[CALLS[name]]), ())]
+    if name in CHECKPOINTS:
+        return [(_open(params["jaxpr"]), ())]
+    if name == "scan":
+        return [(_open(params["jaxpr"]), (params["length"],))]
+    if name == "cond":
+        return [(_open(branch), ()) for branch in params["branches"]]
+    return []
+
+
+def _open(jaxpr: Any) -> Any:
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], zeros: list) -> tuple[list, list]:
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    makers: dict[Any, Any] = {}
+    seen: list[Any] = []
+
+    def read(atom):
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    for eqn in jaxpr.eqns:
+        operands = [read(v) for v in eqn.invars]
+        counts = [len(list(sites(inside))) for inside, _ in _inside(eqn)]
+        if eqn.primitive is mark_p:
+            maker = makers.get(eqn.invars[0])
+            results = [_probe(operands[0], zeros.pop(0))]
+            seen.append(_of_activation(operands[0], _activation(maker)))
+        elif any(counts):
+            mine = [[zeros.pop(0) for _ in range(n)] for n in counts]
+            results, new = _STRUCTURED[eqn.primitive.name](eqn, operands, mine)
+            seen += new
+        else:
+            results = _bind(eqn, operands)
+        values.update(zip(eqn.outvars, results, strict=True))
+        makers.update((v, eqn) for v in eqn.outvars)
+    return [read(v) for v in jaxpr.outvars], seen
+
+
+def _bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def _call(eqn: Any, operands: list, zeros: list) -> tuple[list, list]:
+    inside = eqn.params[CALLS[eqn.primitive.name]]
+    return _run(_open(inside), getattr(inside, "consts", ()), operands, zeros[0])
+
+
+def _checkpoint(eqn: Any, operands: list, zeros: list) -> tuple[list, list]:
+    def run(operands, zeros):
+        return _run(eqn.params["jaxpr"], (), operands, list(zeros))
+
+    settings = {n: eqn.params[n] for n in ("policy", "prevent_cse")}
+    return jax.checkpoint(run, **settings)(operands, zeros[0])
+
+
+def _scan(eqn: Any, operands: list, zeros: list) -> tuple[list, list]:
+    params = eqn.params
+    if "num_carry" in params:
+        n, m = params["num_consts"], params["num_carry"]
+    else:
+        n, m = (len(list(group)) for group in params["ft_in"].unpack()[:2])
+    fixed, init, xs = operands[:n], operands[n : n + m], operands[n + m :]
+    body = params["jaxpr"]
+
+    def step(carry, x):
+        xs, zeros = x
+        results, seen = _run(body.jaxpr, body.consts, [*fixed, *carry, *xs], list(zeros))
+        return results[:m], (results[m:], seen)
+
+    settings = {k: params[k] for k in ("length", "reverse", "unroll")}
+    carry, (ys, seen) = jax.lax.scan(step, init, (xs, zeros[0]), **settings)
+    return [*carry, *ys], seen
+
+
+def _cond(eqn: Any, operands: list, zeros: list) -> tuple[list, list]:
+    index, *operands = operands
+    branches = eqn.params["branches"]
+
+    def unseen(group):
+        return [jnp.zeros((*z.shape[:-1], len(ACTIVATION))) for z in group]
+
+    def taken(k):
+        def run(operands, zeros):
+            seen = [unseen(group) for group in zeros]
+            results, seen[k] = _run(branches[k].jaxpr, branches[k].consts, operands, list(zeros[k]))
+            return results, [s for group in seen for s in group]
+
+        return run
+
+    return jax.lax.switch(index, [taken(k) for k in range(len(branches))], operands, zeros)
+
+
+_STRUCTURED = {**dict.fromkeys(CALLS, _call), **dict.fromkeys(CHECKPOINTS, _checkpoint)}
+_STRUCTURED |= {"scan": _scan, "cond": _cond}
+
+
+@jax.custom_vjp
+def _probe(x, zeros):
+    return x
+
+
+def _probe_fwd(x, zeros):
+    return x, None
+
+
+def _probe_bwd(_, dy):
+    return dy, jnp.stack([_bad(dy), rms(dy)])
+
+
+_probe.defvjp(_probe_fwd, _probe_bwd)
+setattr(_probe, "unaudited", True)  # noqa: B010 (its second cotangent is no derivative)
+
+
+def _bad(x: Array) -> Array:
+    return jnp.sum(~jnp.isfinite(x)).astype(jnp.float32)
+
+
+def rms(x: Array) -> Array:
+    """Of the finite elements; scaled, so that squares of small numbers do not vanish."""
+    x = x.astype(jnp.float32)
+    size = jnp.where(jnp.isfinite(x), jnp.abs(x), 0)
+    largest = jnp.max(size, initial=0)
+    scale = jnp.where(largest > 0, largest, 1)
+    return scale * jnp.sqrt(jnp.sum(jnp.square(size / scale)) / max(x.size, 1))
+
+
+def _of_activation(y: Array, activation: str) -> Array:
+    x = y.astype(jnp.float32)
+    finite = jnp.isfinite(x)
+    numbers = dict.fromkeys(ACTIVATION, jnp.nan)
+    numbers |= {
+        "ran": 1.0,
+        "bad": _bad(x),
+        "mean": jnp.sum(jnp.where(finite, x, 0)) / max(x.size, 1),
+        "rms": rms(x),
+        "low": jnp.min(x, initial=jnp.inf, where=finite),
+        "high": jnp.max(x, initial=-jnp.inf, where=finite),
+    }
+    if activation in RELU:
+        # A unit is dead that no example of the batch wakes.
+        units = jnp.all(x <= 0, axis=tuple(range(x.ndim - 1)))
+        numbers["dead"] = jnp.mean(units, dtype=jnp.float32)
+    if activation in SLOPES:
+        numbers["saturated"] = jnp.mean(SLOPES[activation](x) < 0.01, dtype=jnp.float32)
+    return jnp.stack([jnp.asarray(numbers[n], jnp.float32) for n in ACTIVATION])
+
+
+def _activation(eqn: Any) -> str:
+    """The name of the activation that an equation is, or ends with; "" if it is none."""
+    if eqn is None:
+        return ""
+    name = eqn.primitive.name
+    rule = getattr(getattr(eqn.params.get("bwd"), "f", None), "op", None)
+    if rule is not None:
+        settings = eqn.params["bwd"].f.static
+        name = settings.get("activation") or rule.name
+    elif name in CALLS:
+        name = eqn.params.get("name", "")
+    elif name == "custom_jvp_call":
+        return _activation(eqn.params["call_jaxpr"].eqns[-1])
+    elif name == "max" and any(isinstance(v, Literal) and v.val == 0 for v in eqn.invars):
+        name = "relu"
+    name = NAMES.get(name, name)
+    return name if name in SLOPES or name in RELU else ""
