@@ -1,14 +1,17 @@
-"""The table of ops, made from their declarations: `python -m funcbp.catalogue`."""
+"""The README's tables: of the ops, from their declarations; of the bench, from its results.
+
+python -m funcbp.catalogue [README.md]
+"""
 
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
-from funcbp import ops
+from funcbp import bench, ops
 from funcbp.core import Op
-
-START, END = "<!-- ops -->", "<!-- end of ops -->"
 
 
 def declared() -> dict[str, Op]:
@@ -47,11 +50,43 @@ def _saves(op: Op) -> str:
     return " ".join(found.group(1).split()).rstrip(".") if found else ""
 
 
+def measured(results: dict[str, Any]) -> str:
+    """A Markdown table of a run of the bench, as `funcbp bench --json` writes it."""
+    names = ("time", "saved", "temporary", "error")
+    found = {(r["op"], r["dtype"], r["against"]): r for r in results["rows"]}
+    found |= {(f"*mean, {m['kind']}*", m["dtype"], m["against"]): m for m in results["means"]}
+
+    def cell(op, against, name):
+        pair = (found.get((op, dtype, against)) for dtype in ("float32", "bfloat16"))
+        return " / ".join("" if r is None else _ratio(r[name]) for r in pair).strip(" /")
+
+    lines = [
+        "| op | time | time, public counterpart | saved | scratch | error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for op in dict.fromkeys(op for op, *_ in found):
+        time, *rest = (cell(op, "autodiff", name) for name in names)
+        lines.append("| " + " | ".join((op, time, cell(op, "jax", "time"), *rest)) + " |")
+    m = results["machine"]
+    head = (
+        f"{m['date']}, {m['device']}, {m['cores']} cores, JAX {m['jax']}; float32 / bfloat16; "
+        "against autodiff of the plain formula, and of the function named in the list of ops."
+    )
+    return f"{head}\n\n" + "\n".join(lines)
+
+
+def _ratio(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float | int) else str(value or "")
+
+
 def renewed(readme: str) -> str:
-    """The README with its table of ops made anew."""
-    before, rest = readme.split(START)
-    _, after = rest.split(END)
-    return f"{before}{START}\n{table()}\n{END}{after}"
+    """The README with its tables made anew."""
+    newest = Path(bench.__file__).parent / "results" / "cpu.json"
+    for name, made in (("ops", table()), ("bench", measured(json.loads(newest.read_text())))):
+        before, rest = readme.split(f"<!-- {name} -->")
+        _, after = rest.split(f"<!-- end of {name} -->")
+        readme = f"{before}<!-- {name} -->\n{made}\n<!-- end of {name} -->{after}"
+    return readme
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Slopes keep five digits wherever they are normal numbers of float32.
+"""Slopes keep their digits wherever they are normal numbers of float32.
 
+A slope of e^-L is an exponential whose argument is rounded: it may be off by 1.5 L ulp, at L below
+8 by 12 ulp.
 float64 is no truth for them near 1 - 1e-17 or at a root, so the truth is taken with 40 digits.
 """
 
@@ -83,10 +85,10 @@ def test_relative_error(name):
     ).astype(np.float32)
     got = jax.jit(jax.vmap(jax.grad(f)))(x)
     truth = [slope(mp.mpf(float(v))) for v in x]
-    errors = [
-        float(abs(mp.mpf(float(g)) / t - 1))
+    shares = [
+        float(abs(mp.mpf(float(g)) / t - 1) / max(-mp.log(abs(t)), 8))
         for g, t in zip(got, truth, strict=True)
         if abs(t) >= float(np.finfo(np.float32).tiny)
     ]
-    assert len(errors) > 1000
-    assert max(errors) <= 1e-5
+    assert len(shares) > 1000
+    assert max(shares) <= 1.5 * np.finfo(np.float32).eps

@@ -19,13 +19,17 @@ from funcbp.bench.roofline import Roofline
 from funcbp.case import Case
 from funcbp.check.compare import saved_bytes, split, widened
 from funcbp.core import Op
+from funcbp.trace.eager import equations
 
 __all__ = ["Row", "measure"]
 
 # A sample is of as many calls as take so long, in seconds.
 SAMPLE = 0.01
 # Draws of each test case on which digits are counted.
-DRAWS = 4
+DRAWS = 16
+# Primitives whose results depend on many numbers of an argument, by their beginnings.
+ACROSS = ("reduce", "dot", "conv_", "cum", "gather", "scatter", "sort", "arg", "scan", "while",
+          "select_and", "random", "ragged")  # fmt: skip
 # Float64 is the truth where two ways to it agree to this relative difference.
 SURE = 1e-9
 
@@ -35,6 +39,7 @@ class Row(NamedTuple):
 
     Attributes:
         op: its name.
+        kind: pointwise, if each number of the result depends on one of each argument; else other.
         case: the name of its bench case.
         dtype: of the floating arguments.
         against: autodiff (of the op's plain function), jax, flax or torch.
@@ -48,6 +53,7 @@ class Row(NamedTuple):
     """
 
     op: str
+    kind: str
     case: str
     dtype: str
     against: str
@@ -131,6 +137,7 @@ def measure(
         ratios = statistics.quantiles([(s[0] + s[-1]) / 2 / s[k] for s in samples], n=4)
         yield Row(
             op.name,
+            _kind(op, case, dtype),
             case.name,
             dtype,
             name,
@@ -144,6 +151,13 @@ def measure(
             _ratio(rule.error, other.error),
             share,
         )
+
+
+def _kind(op: Op, case: Case, dtype: str) -> str:
+    layout, floating, fixed = split(*case.build(0, dtype))
+    program = jax.make_jaxpr(lambda given: layout.call(op.plain, given, fixed))(floating)
+    names = {eqn.primitive.name for eqn in equations(program.jaxpr)}
+    return "other" if any(name.startswith(ACROSS) for name in names) else "pointwise"
 
 
 def _ours(f: Callable, case: Case, dtype: str, draws: Sequence[_Draw]) -> _Contender:

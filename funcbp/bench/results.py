@@ -87,11 +87,11 @@ class Results(NamedTuple):
     rows: tuple[Row, ...]
     left_out: tuple[str, ...] = ()
 
-    def means(self) -> list[tuple[str, str, dict[str, float | None]]]:
-        """(dtype, contender, geometric mean of each ratio)."""
-        groups: dict[tuple[str, str], list[Row]] = {}
-        for row in self.rows:
-            groups.setdefault((row.dtype, row.against), []).append(row)
+    def means(self) -> list[tuple[str, str, str, dict[str, float | None]]]:
+        """(kind of op, dtype, contender, geometric mean of each ratio)."""
+        groups: dict[tuple[str, str, str], list[Row]] = {}
+        for row in sorted(self.rows, key=lambda row: row.kind, reverse=True):
+            groups.setdefault((row.kind, row.dtype, row.against), []).append(row)
         return [
             (*key, {name: _mean(getattr(r, name) for r in rows) for name in RATIOS})
             for key, rows in groups.items()
@@ -115,8 +115,8 @@ class Results(NamedTuple):
         for row in self.rows:
             table.add_row(*_cells(row))
         table.add_section()
-        for dtype, against, means in self.means():
-            table.add_row(MEAN, dtype, against, *_mean_cells(means))
+        for kind, dtype, against, means in self.means():
+            table.add_row(f"{MEAN}, {kind}", dtype, against, *_mean_cells(means))
         for row in self.worst():
             table.add_row(f"slowest: {row.op}", *_cells(row)[1:])
         return table
@@ -127,8 +127,8 @@ class Results(NamedTuple):
             "machine": self.machine._asdict(),
             "rows": [_finite(row._asdict()) for row in self.rows],
             "means": [
-                {"dtype": dtype, "against": against, **means}
-                for dtype, against, means in self.means()
+                {"kind": kind, "dtype": dtype, "against": against, **means}
+                for kind, dtype, against, means in self.means()
             ],
             "left_out": list(self.left_out),
         }
@@ -136,7 +136,8 @@ class Results(NamedTuple):
     def to_html(self) -> str:
         """One page."""
         means = [
-            (MEAN, dtype, against, *_mean_cells(means)) for dtype, against, means in self.means()
+            (f"{MEAN}, {kind}", dtype, against, *_mean_cells(means))
+            for kind, dtype, against, means in self.means()
         ]
         return page.page(
             "The rules against autodiff and other libraries",

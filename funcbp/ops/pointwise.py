@@ -27,7 +27,6 @@ X = Float[Array, "..."]
 # v = V1 x + V3 x^3 is the argument of the approximate gelu's sigmoid.
 V1 = 2 * math.sqrt(2 / math.pi)
 V3 = 0.044715 * V1
-V1_HIGH, V3_HIGH = 1.595703125, 0.07135009765625  # their first 12 bits
 # The normal density at 0.
 DENSITY = math.sqrt(0.5 / math.pi)
 
@@ -232,7 +231,7 @@ silu = pointwise(_silu, _silu_slope, like=jax.nn.silu)
 #     y' = s (1 + x v' (1 - s))
 
 
-def _gelu(x: X, approximate: bool = True) -> X:
+def _plain_gelu(x: X, approximate: bool = True) -> X:
     """x P(X <= x) for a standard normal X; `approximate` takes the tanh formula.
 
     Ref: Hendrycks and Gimpel, 2016, section 2.
@@ -242,10 +241,20 @@ def _gelu(x: X, approximate: bool = True) -> X:
     return x * (0.5 * jax.lax.erfc(-x * math.sqrt(0.5)))
 
 
+def _gelu(x, approximate=True):
+    if approximate:
+        _, e, t = _gelu_sigmoid(_clipped(x))
+        return x * (jnp.where(x < 0, e, 1) * t)
+    return _plain_gelu(x, approximate=False)
+
+
 def _gelu_slope(x, approximate=True):
     x = _clipped(x)
     if approximate:
-        slope = _gated_slope(x, _gelu_half(x), x * (V1 + 3 * V3 * jnp.square(x)))
+        half, e, t = _gelu_sigmoid(x)
+        xdv = x * (V1 + 3 * V3 * jnp.square(x))
+        factor = t * (1 + xdv * (jnp.where(x < 0, 1, e) * t))
+        slope = jnp.where(x < 0, half * (half * factor), factor)  # as in _gated_slope
         return near_root(x, GELU_TANH_ROOT, GELU_TANH_SERIES, slope)
     half = jnp.exp(-0.25 * jnp.square(x))
     slope = 0.5 * jax.lax.erfc(-x * math.sqrt(0.5)) + half * (half * x * DENSITY)
@@ -260,28 +269,11 @@ def _gelu_argument(x):
     return x * (V1 + V3 * jnp.square(x))
 
 
-def _gelu_half(x):
-    """exp(-|v| / 2) to full precision: at |v| = 88 a rounding error in v counts 88 times.
-
-    So v is a product of short numbers, which is exact, and a small rest.
-    """
-    x = -jnp.abs(x)
-    x_high = _short(x)
-    square = jnp.square(x_high)  # exact; the rest of x^2 is (x - x_high) (x + x_high)
-    square_high = _short(square)
-    square_rest = (square - square_high) + (x - x_high) * (x + x_high)
-    cubic = V3_HIGH * square_high  # exact
-    inner = V1_HIGH + cubic
-    inner_rest = (V1_HIGH - (inner - cubic)) + (V1 - V1_HIGH)
-    inner_rest += V3_HIGH * square_rest + (V3 - V3_HIGH) * (square_high + square_rest)
-    inner_high = _short(inner)
-    rest = (x - x_high) * inner + x_high * ((inner - inner_high) + inner_rest)
-    return jnp.exp(0.5 * x_high * inner_high) * jnp.exp(0.5 * rest)
-
-
-def _short(x):
-    """x with 12 significant bits: the product of two such numbers is exact in float32."""
-    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=11)
+def _gelu_sigmoid(x):
+    """What value and slope have in common: exp(-|v| / 2), its square e, and 1 / (1 + e)."""
+    half = jnp.exp(-0.5 * jnp.abs(_gelu_argument(x)))
+    e = jnp.square(half)
+    return half, e, 1 / (1 + e)
 
 
 def _clipped(x):
@@ -292,6 +284,7 @@ def _clipped(x):
 gelu = pointwise(
     _gelu,
     _gelu_slope,
+    _plain_gelu,
     like=jax.nn.gelu,
     cases=(*CASES, Case("exact", values(TAILS), approximate=False)),
 )

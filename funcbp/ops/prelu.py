@@ -53,7 +53,8 @@ def bwd(saved, dy):
     x, alpha = saved
     dy = wide(dy)
     dx = jnp.where(x > 0, dy, wide(alpha) * dy)
-    falling = jnp.where(x > 0, 0, dy * wide(x))
+    # XLA on CPU sums products and minima without writing them out, but not selections.
+    falling = dy * jnp.minimum(wide(x), 0)
     return dx, jnp.sum(rows(falling), axis=0) if alpha.ndim else jnp.sum(falling)
 
 

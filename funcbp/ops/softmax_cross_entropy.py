@@ -94,8 +94,10 @@ def fwd(logits, labels, axis, where):
     t = jnp.broadcast_to(wide(labels), logits.shape)
     total = jnp.sum(masked(mask, t), axis=axis, keepdims=True)
     loss = jnp.sum(masked(mask, t * (jnp.log1p(rest) - (wide(logits) - m))), axis=axis)
-    # XLA on CPU would write out what this sum and the backward pass both take of m.
+    # XLA on CPU would write out what this sum and the backward pass both take of m; and all of
+    # total - t, were there no selection between the sum and the difference.
     m, rest = jax.lax.optimization_barrier((m, rest))
+    total = jnp.where(total == 0, 0, total)
     dtype = jnp.result_type(logits, labels)
     return loss.astype(dtype), (logits, labels, where, Row(m, rest, total))
 

@@ -35,11 +35,12 @@ def test_a_row_for_each_counterpart_that_exists():
     found = rows(ops.silu)
     assert list(found) == ["autodiff", "jax"]  # flax has jax.nn's
     row = found["autodiff"]
-    assert (row.op, row.case, row.dtype) == ("silu", "small", "float32")
+    assert (row.op, row.kind, row.case, row.dtype) == ("silu", "pointwise", "small", "float32")
     assert row.low <= row.time <= row.high and row.noise >= 1 and row.seconds > 0
     assert row.saved == 0  # the rule saves its argument, autodiff the sigmoid too
     assert row.share > 0 and 0 < row.error < 1
-    assert list(rows(ops.layer_norm)) == ["autodiff", "flax"]
+    norms = rows(ops.layer_norm)
+    assert list(norms) == ["autodiff", "flax"] and norms["flax"].kind == "other"
 
 
 def test_a_worse_rule_has_larger_figures():
@@ -65,8 +66,9 @@ def test_a_worse_rule_has_larger_figures():
 def test_results_are_shown_in_every_form(tmp_path):
     found = (*rows(ops.silu).values(), *rows(ops.tanh, dtype="bfloat16").values())
     result = Results(Machine.here(LIMITS.flops, LIMITS.bandwidth), found, ("left",))
-    (_, against, means), *_ = result.means()
-    assert against == "autodiff" and means["time"] == pytest.approx(found[0].time)
+    (kind, _, against, means), *_ = result.means()
+    assert (kind, against) == ("pointwise", "autodiff")
+    assert means["time"] == pytest.approx(found[0].time)
     assert {row.against for row in result.worst()} == {"autodiff", "jax"}
     console = Console(width=100, record=True)
     console.print(result.table())

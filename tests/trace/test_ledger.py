@@ -9,6 +9,7 @@ from pathlib import Path
 import equinox as eqx
 import flax.linen as nn
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -361,6 +362,35 @@ def test_shared_arrays_are_one_row():
         "gelu in b",
         "autodiff",
     }
+
+
+def test_what_a_scan_returns_twice_are_two_rows():
+    @jax.custom_vjp
+    def twice(x):
+        return x * 2
+
+    def forward(x):
+        return x * 2, (x, x)
+
+    twice.defvjp(forward, lambda kept, dy: (2 * dy + 0 * kept[0] * kept[1],))
+
+    def loss(x):
+        return jax.lax.scan(lambda carry, _: (twice(jnp.sin(carry)), None), x, None, length=3)
+
+    leaves = jax.tree.leaves(jax.vjp(loss, normal(4))[1])
+    ledger = saved(loss, normal(4))
+    assert ledger.bytes == sum(leaf.nbytes for leaf in leaves)
+    assert len(leaves) == len(ledger.rows)
+    assert [row.operation for row in ledger.rows].count("sin") == len(ledger.rows) - 1
+
+
+def test_what_checkpoint_cannot_repeat():
+    def loss(x):
+        jax.experimental.io_callback(lambda: None, None, ordered=True)
+        return jnp.sin(x)
+
+    comparison = saved(loss, normal(3)).comparison
+    assert comparison == (12, 12, None, None)
 
 
 def test_arguments_pass_through_and_the_rest_pass_along():
