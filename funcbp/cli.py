@@ -117,6 +117,90 @@ def audit(
 
 
 @app.command()
+def explain(
+    function: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODULE:FUNCTION",
+            help="What to explain: a function, or a model of funcbp.layers.",
+        ),
+    ] = None,
+    args: Annotated[
+        str | None,
+        typer.Option(
+            "--args",
+            metavar="MODULE:NAME",
+            help="Its arguments, as for audit; those of a model are (params, state, *inputs).",
+        ),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION", help="Of the output, to a scalar; unless that is one."
+        ),
+    ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Explain a model of handwritten digits, untrained.")
+    ] = False,
+    json_file: Json = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write all of it here as a page.")
+    ] = None,
+) -> None:
+    """Show what a forward pass keeps, and what flows back through each layer.
+
+    Exits with 0, whatever is seen, and with 2 if the function could not run.
+    """
+    from funcbp import page
+
+    if demo == bool(function or args or loss) or bool(function) != bool(args):
+        raise InputError("explain takes either MODULE:FUNCTION and --args MODULE:NAME, or --demo")
+    for path in (json_file, html_file):
+        page.require_writable(path)
+    result = _explained_demo() if demo else _explained(function, args, loss)
+    console = Console()
+    console.print(result) if console.is_terminal else print(result)
+    if json_file is not None:
+        result.to_json(json_file)
+    if html_file is not None:
+        result.to_html(html_file)
+
+
+def _explained(function: Any, args: Any, loss: str | None) -> Any:
+    from funcbp.check.command import call_of
+    from funcbp.check.named import named
+    from funcbp.trace.explain import explain
+
+    called, positional, by_name, _ = call_of(function, args)
+    of_output = None if loss is None else named(loss)
+    if loss is not None and not callable(of_output):
+        raise InputError(f"--loss must name a function, got {type(of_output).__name__} {loss}")
+    return explain(called, positional, by_name, loss=of_output)
+
+
+def _explained_demo() -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    from funcbp import data, ops
+    from funcbp import demo as demonstration
+    from funcbp.trace import chain_rule
+    from funcbp.trace.explain import explain
+
+    digits, model = data.digits(), demonstration.model()
+    images, labels = (
+        jnp.asarray(a[: demonstration.BATCH]) for a in (digits.train_images, digits.train_labels)
+    )
+    params, state = model.init(jax.random.key(0), images)
+
+    def loss(logits):
+        return jnp.mean(ops.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+    result = explain(model, (params, state, images), loss=loss)
+    return result._replace(chain=chain_rule(model, images, params=params, loss=loss))
+
+
+@app.command()
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Ops; all by default.")] = None,
     against: Annotated[

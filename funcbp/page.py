@@ -117,9 +117,14 @@ def number(value: float | int) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
-def line_plot(values: Sequence[float], label: str, width: int = 640, height: int = 180) -> str:
-    """A curve of positive values over their number, on a logarithmic scale, as inline SVG."""
-    logs = [math.log10(max(v, 1e-12)) for v in values if math.isfinite(v)]
+def line_plot(
+    values: Sequence[float], label: str, of: str = "steps", width: int = 640, height: int = 180
+) -> str:
+    """A curve of values over their number, on a logarithmic scale, as inline SVG.
+
+    Values that are not positive or not finite are left out.
+    """
+    logs = [math.log10(v) for v in values if v > 0 and math.isfinite(v)]
     if len(logs) < 2:
         return ""
     low, high = min(logs), max(logs)
@@ -137,7 +142,7 @@ def line_plot(values: Sequence[float], label: str, width: int = 640, height: int
         f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" '
         f'aria-label="{html.escape(label)}">{marks}<polyline points="{points}" fill="none" '
         f'stroke="var(--ink)" stroke-width="1.5"/><text x="40" y="{height - 4}" font-size="11" '
-        f'fill="currentColor">{html.escape(label)}, {len(logs)} steps</text></svg>'
+        f'fill="currentColor">{html.escape(label)}, {len(logs)} {of}</text></svg>'
     )
 
 

@@ -107,16 +107,22 @@ class Results(NamedTuple):
 
     def table(self) -> Table:
         """For a terminal."""
-        table = Table(box=box.SIMPLE_HEAD, caption=str(self.machine), caption_justify="left")
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            caption=str(self.machine),
+            caption_justify="left",
+            padding=(0, 1, 0, 0),
+        )
         for k, column in enumerate(COLUMNS):
             # The numbers stay whole; a long name is folded.
             table.add_column(column, justify="right" if k > 2 else "left", no_wrap=k > 0)
             table.columns[k].overflow = "fold"
+        table.columns[0].min_width = 12
         for row in self.rows:
             table.add_row(*_cells(row))
         table.add_section()
         for kind, dtype, against, means in self.means():
-            table.add_row(f"{MEAN}, {kind}", dtype, against, *_mean_cells(means))
+            table.add_row(f"{MEAN}, {kind}", _short(dtype), against, *_mean_cells(means))
         for row in self.worst():
             table.add_row(f"slowest: {row.op}", *_cells(row)[1:])
         return table
@@ -136,7 +142,7 @@ class Results(NamedTuple):
     def to_html(self) -> str:
         """One page."""
         means = [
-            (f"{MEAN}, {kind}", dtype, against, *_mean_cells(means))
+            (f"{MEAN}, {kind}", _short(dtype), against, *_mean_cells(means))
             for kind, dtype, against, means in self.means()
         ]
         return page.page(
@@ -166,7 +172,11 @@ def _mean_cells(means: dict[str, float | None]) -> tuple[str, ...]:
 def _cells(row: Row) -> tuple[str, ...]:
     time, *rest = (_number(getattr(row, name)) for name in RATIOS)
     ms, spread = f"{row.seconds * 1e3:.3g}", f"{row.low:.2f}-{row.high:.2f}"
-    return row.op, row.dtype, row.against, ms, time, spread, *rest, f"{row.share:.0%}"
+    return row.op, _short(row.dtype), row.against, ms, time, spread, *rest, f"{row.share:.0%}"
+
+
+def _short(dtype: str) -> str:
+    return dtype.replace("bfloat", "bf").replace("float", "f")
 
 
 def _number(value: float | None) -> str:

@@ -1,21 +1,13 @@
 """What the normalisation rules share: sums over rows that cost few temporary arrays.
 
-XLA on CPU gives a sum, with all arithmetic around it, to a library that wants each operand in full
-size: a number a row or a column is first written out as a whole array. Two things avoid it here.
-`settled` ends such a fusion behind a sum, and a weighted sum is a product with a vector.
+A weighted sum is a product with a vector: else XLA on CPU writes the weights out in full size.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from funcbp.ops._numeric import rows
-
-
-def settled(x: Array) -> Array:
-    """x itself, by a step that ends the fusion of what comes before it on CPU."""
-    info = jnp.finfo(x.dtype)
-    return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+from funcbp.ops._numeric import rows, settled
 
 
 def mean(x: Array) -> Array:

@@ -28,6 +28,16 @@ def loop_zeros(shape: tuple[int, ...], like: Any) -> Array:
     return zeros
 
 
+def settled(x: Array) -> Array:
+    """x itself, by a step that ends the fusion of what comes before it.
+
+    XLA on CPU gives a sum, with all arithmetic around it, to a library: a number a row, used at
+    each entry of the row, is written out in full size there, and two sums become one slow loop.
+    """
+    info = jnp.finfo(x.dtype)
+    return lax.reduce_precision(x, info.nexp, info.nmant)
+
+
 def rows(x: Array) -> Array:
     """x with all axes but the last merged: [..., n] -> [rows, n]."""
     # reshape(-1, n) cannot tell the number of rows when n is 0.
@@ -50,17 +60,16 @@ def others(x: Array, axis, where: Array | None = None) -> tuple[Array, Array]:
     unmasked entry it is 0.
 
     Two sums: the terms of all but the largest, and their number; on CPU only where some row needs
-    them, else it is the sum less 1. XLA on CPU takes a sum of exponentials, products and
-    minima without writing the terms out, but not one of comparisons, nor one whose terms the
-    backward pass takes as well; it writes out a constant as large as x; and two sums that are added
-    become one loop, five times as slow. So a minimum, constants a row, a selection before the sums
-    are added, and a barrier.
+    them, else it is the sum less 1. XLA on CPU takes a sum of exponentials, products and minima
+    without writing the terms out, but not one of comparisons, nor one whose terms the backward pass
+    takes as well, and it writes out a constant as large as x. So a minimum, constants a row, and a
+    barrier on the m that is returned.
     """
     m = wide(largest(x, axis, where))
     x = wide(x if where is None else jnp.where(where, x, -jnp.inf))
 
     def total(terms):
-        return jnp.sum(terms, axis=axis, keepdims=True)
+        return settled(jnp.sum(terms, axis=axis, keepdims=True))
 
     def apart(m):
         zero = m - m
@@ -69,11 +78,10 @@ def others(x: Array, axis, where: Array | None = None) -> tuple[Array, Array]:
         def below(m, most, one):  # 1 for an entry below m, 0 for one that is m
             return jnp.minimum((x - m) * most, one)
 
+        # An infinite entry makes it -inf, and the number of the largest inf.
         rest = total(jnp.exp(x - m) * below(m, most, one))
-        # An infinite entry would make it -inf; the number of the largest is inf then.
-        rest = jnp.where(rest > 0, rest, 0)
         ties = x.size // max(m.size, 1) - total(below(*lax.optimization_barrier((m, most, one))))
-        return rest + jnp.where(ties > 1, ties - 1, 0)
+        return jnp.maximum(rest, 0) + jnp.maximum(ties - 1, 0)
 
     def quick(m):
         whole = total(jnp.exp(x - m))

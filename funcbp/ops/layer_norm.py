@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from funcbp.case import Case, normal, values
 from funcbp.core import InputError, op
+from funcbp.ops._norm import mean
 from funcbp.ops._numeric import rows, wide
 
 
@@ -62,12 +63,11 @@ def check(x, scale=None, bias=None, *, epsilon):
 
 
 def fwd(x, scale=None, bias=None, *, epsilon):
-    m = jnp.mean(wide(x), axis=-1, keepdims=True)
+    m = mean(wide(x))
     # The rounding of m shifts u; its mean says by how much, in the pass that the variance needs.
     u = wide(x) - m
-    shift = jnp.mean(u, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(u), axis=-1, keepdims=True) - jnp.square(shift)
-    s = jnp.sqrt(jnp.maximum(variance, 0) + epsilon)
+    shift = mean(u)
+    s = jnp.sqrt(jnp.maximum(mean(jnp.square(u)) - jnp.square(shift), 0) + epsilon)
     m += shift
     y = (wide(x) - m) / s
     y = y if scale is None else y * wide(scale)
@@ -80,8 +80,7 @@ def bwd(saved, dy, *, epsilon):
     dy = wide(dy)
     u = (wide(x) - m) / s
     g = dy if scale is None else dy * wide(scale)
-    mean_g, mean_gu = (jnp.mean(v, axis=-1, keepdims=True) for v in (g, g * u))
-    dx = (g - mean_g - u * mean_gu) / s
+    dx = (g - mean(g) - u * mean(g * u)) / s
     dscale = None if scale is None else jnp.sum(rows(dy * u), axis=0)
     dbias = None if bias is None else jnp.sum(rows(dy), axis=0)
     return dx, dscale, dbias

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from funcbp.core import op
-from funcbp.ops._numeric import largest, others, wide
+from funcbp.ops._numeric import largest, others, settled, wide
 from funcbp.ops.softmax import CASES, Axis
 
 
@@ -57,7 +57,7 @@ def bwd(saved, dl, *, axis):
     y, dl = jnp.exp(wide(x) - m) / (1 + rest), wide(dl)
     if where is not None:
         y, dl = jnp.where(where, y, 0), jnp.where(where, dl, 0)
-    return dl - y * jnp.sum(dl, axis=axis, keepdims=True), None
+    return dl - y * settled(jnp.sum(dl, axis=axis, keepdims=True)), None
 
 
 log_softmax = op(plain, fwd, bwd, like=jax.nn.log_softmax, cases=CASES)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from funcbp.case import Case, normal, uniform, values
 from funcbp.core import op
-from funcbp.ops._numeric import wide
+from funcbp.ops._numeric import settled, wide
 from funcbp.ops.pointwise import pointwise
 
 Axis = int | tuple[int, ...] | None
@@ -68,7 +68,7 @@ def plain(x: Float[Array, "..."], axis: Axis = -1, keepdims: bool = False) -> Fl
 
 def _length(x: Array, axis: Axis) -> Array:
     """The norm, kept."""
-    return _sqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=True))
+    return settled(_sqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=True)))
 
 
 def fwd(x, axis, keepdims):

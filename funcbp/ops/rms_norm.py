@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 
 from funcbp.case import Case, normal, values
 from funcbp.core import InputError, op
-from funcbp.ops._norm import mean, settled, weighted_mean, weighted_sum
-from funcbp.ops._numeric import wide
+from funcbp.ops._norm import mean, weighted_mean, weighted_sum
+from funcbp.ops._numeric import settled, wide
 
 
 def plain(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from funcbp.case import Case, booleans, normal, values
 from funcbp.core import op
-from funcbp.ops._numeric import largest, wide
+from funcbp.ops._numeric import largest, settled, wide
 
 Axis = int | tuple[int, ...] | None
 MASK = [[True, True, False], [False, False, False], [True, False, False]]
@@ -64,7 +64,7 @@ def _exp_shifted(x, axis, where):
 def fwd(x, axis, where):
     x_, m = wide(x if where is None else jnp.where(where, x, -jnp.inf)), largest(x, axis, where)
     e = jnp.exp(x_ - wide(m))
-    total = jnp.sum(e, axis=axis, keepdims=True)
+    total = settled(jnp.sum(e, axis=axis, keepdims=True))
     y = (e / jnp.where(total == 0, 1, total)).astype(x.dtype)
     return y, y
 

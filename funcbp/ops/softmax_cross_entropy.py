@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Num
 from funcbp.case import Case, booleans, integers, normal, uniform, values
 from funcbp.core import InputError, op
 from funcbp.ops._losses import masked, summed_to
-from funcbp.ops._numeric import largest, others, wide
+from funcbp.ops._numeric import largest, others, settled, wide
 
 Axis = int | tuple[int, ...] | None
 
@@ -92,12 +92,10 @@ def fwd(logits, labels, axis, where):
     mask = expanded(where, logits, axis)
     rest, m = others(logits, axis, mask)
     t = jnp.broadcast_to(wide(labels), logits.shape)
-    total = jnp.sum(masked(mask, t), axis=axis, keepdims=True)
+    total = settled(jnp.sum(masked(mask, t), axis=axis, keepdims=True))
     loss = jnp.sum(masked(mask, t * (jnp.log1p(rest) - (wide(logits) - m))), axis=axis)
-    # XLA on CPU would write out what this sum and the backward pass both take of m; and all of
-    # total - t, were there no selection between the sum and the difference.
+    # XLA on CPU would write out what this sum and the backward pass both take of m.
     m, rest = jax.lax.optimization_barrier((m, rest))
-    total = jnp.where(total == 0, 0, total)
     dtype = jnp.result_type(logits, labels)
     return loss.astype(dtype), (logits, labels, where, Row(m, rest, total))
 

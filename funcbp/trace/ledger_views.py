@@ -39,11 +39,14 @@ def table(ledger: "Ledger", limit: int) -> Table:
     if limit < 0:
         raise InputError(f"limit must be a whole number from 0 up, got {limit}")
     kept = _kept(ledger)
-    shown = Table(box=box.SIMPLE_HEAD)
-    for name in COLUMNS:
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # A terminal is narrow: the end of a long path, and no column that is empty.
+    rows = [_cells(row._replace(layer=_end(row.layer))) for row in kept[:limit]]
+    columns = [i for i, name in enumerate(COLUMNS) if i < 6 or any(row[i] for row in rows)]
+    for name in (COLUMNS[i] for i in columns):
         shown.add_column(name, justify="right" if name == "bytes" else "left", overflow="fold")
-    for row in kept[:limit]:
-        shown.add_row(*map(escape, _cells(row)))
+    for row in rows:
+        shown.add_row(*(escape(row[i]) for i in columns))
     if rest := kept[limit:]:
         size = human(sum(row.bytes for row in rest))
         shown.add_row("...", f"{len(rest):,} more rows, {size}")
@@ -162,6 +165,11 @@ def _cells(row: "Row") -> list[str]:
     keeper = row.rule or "autodiff"
     shared = ", ".join(row.shared)
     return [human(row.bytes), kind, row.layer, keeper, row.operation, row.source, shared]
+
+
+def _end(layer: str) -> str:
+    names = layer.split("/")
+    return layer if len(names) < 3 else ".../" + "/".join(names[-2:])
 
 
 def _bars(ledger: "Ledger") -> tuple[list[tuple[str, int, int]], str]:

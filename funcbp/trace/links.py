@@ -201,11 +201,12 @@ class _Seen:
     def __init__(self):
         self.layers: dict[str, Layer] = {}
 
-    def enter(self, path: str, layer: Layer, params: PyTree) -> None:
+    def enter(self, path: str, layer: Layer, params: PyTree, inputs: tuple) -> tuple:
         self.layers[path] = layer
+        return inputs
 
-    def leave(self, path: str, output: PyTree) -> None:
-        pass
+    def leave(self, path: str, layer: Layer, output: PyTree) -> PyTree:
+        return output
 
 
 def _layers(model: Layer, params, state, numbers, x) -> Iterator[Link]:

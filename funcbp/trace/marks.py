@@ -6,6 +6,7 @@ traced again, and marked programs are not used afterwards.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,8 @@ batching.primitive_batchers[mark_p] = _batched
 def tap(x: PyTree, name: str) -> PyTree:
     """Marks a value to be seen by `funcbp.trace`: x itself, and free, when nothing is traced.
 
+    A mark inside a `while_loop`, or a function with a derivative rule of its own, is not seen.
+
     Args:
         x: an array or a pytree; its floating arrays are seen.
         name: of the row; inside a layer it stands behind the layer's path.
@@ -81,9 +84,11 @@ class _Layers:
 
 
 def _marked(tree: PyTree, path: str, kind: str, side: str) -> PyTree:
+    parts = itertools.count()
+
     def one(x: Any) -> Any:
         if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
             return x
-        return mark_p.bind(jnp.asarray(x), path=path, kind=kind, side=side)
+        return mark_p.bind(jnp.asarray(x), path=path, kind=kind, side=side, part=next(parts))
 
     return jax.tree.map(one, tree)

@@ -22,31 +22,35 @@ if TYPE_CHECKING:
     from funcbp.trace.passes import Pass
     from funcbp.trace.rows import Parameter, Row
 
-COLUMNS = ("layer", "mean", "rms", "low", "high", "off", "saved", "flops",
-           "arriving", "leaving", "gain", "gradient / parameter")  # fmt: skip
+FORWARD = ("layer", "mean", "rms", "low", "high", "off", "saved, bytes", "flops")
+BACKWARD = ("layer", "cotangent arriving", "leaving", "gain", "gradient / parameter")
+PARAMETERS = ("parameter", "numbers", "rms", "rms of the gradient", "ratio")
+# What fits on 100 columns.
+NARROW = ("layer", "mean", "rms", "off", "saved", "flops", "arriving", "gain",
+          "gradient\n/ parameter")  # fmt: skip
 # Rows at either end, on a terminal and on a page; those between are left out of the table.
 TERMINAL, PAGE = 30, 150
+# Faults that are said; the others are counted.
+SAID = 20
 # Lines of the picture of a training run.
 LINES = 12
 
 
 def table(seen: "Pass", limit: int = TERMINAL) -> Table:
-    """A line a layer, for a terminal.
+    """A line a layer, for a terminal; a page has more columns.
 
     Args:
       limit: how many rows at either end are shown.
     """
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in COLUMNS:
-        name = column == "layer"
-        shown.add_column(column, justify="left" if name else "right", overflow="fold")
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown.add_column(NARROW[0], overflow="fold")
+    for column in NARROW[1:]:
+        shown.add_column(column, justify="right", no_wrap=True)
     for row in _ends(seen.rows, limit):
         if row is None:
             shown.add_row("...", f"{len(seen.rows) - 2 * limit:,} more")
         else:
-            indent = "  " * row.layer.count("/")
-            name = indent + row.name.rpartition("/")[2]
-            shown.add_row(*map(Text, (name, *_cells(row)[1:])))
+            shown.add_row(*map(Text, _line(row)))
     return shown
 
 
@@ -100,22 +104,22 @@ def fragment(seen: "Pass") -> str:
 
 def sections(seen: "Pass") -> list[str]:
     """The parts of the page."""
-    parts = [page.text(_headline(seen)), *(_fault(f) for f in seen.faults)]
-    carried = [row.arriving for row in leaves(seen.rows) if row.arriving > 0]
-    parts += [page.line_plot(carried, "RMS of the cotangent that arrives, from the first layer on")]
-    parts += [page.line_plot([r.rms for r in leaves(seen.rows)], "RMS of the output")]
-    rows = [_cells(row) for row in _ends(seen.rows, PAGE) if row is not None]
-    left = len(seen.rows) - len(rows)
-    parts += [page.text("Layers", "h2"), page.table(COLUMNS, rows)]
-    if left:
-        parts += [page.text(f"{left:,} rows in the middle are left out.")]
-    steepest = sorted(seen.parameters, key=_steepness, reverse=True)
-    columns = ("parameter", "numbers", "rms", "rms of the gradient", "ratio")
-    return [
-        *parts,
-        page.text("Parameters, by the ratio of their gradient", "h2"),
-        page.table(columns, [(*p, p.ratio) for p in steepest[: 2 * PAGE]]),
-    ]
+    parts = [page.text(_headline(seen)), *(_fault(f) for f in seen.faults[:SAID])]
+    parts += map(page.text, _conclusions(seen)[len(seen.faults[:SAID]) :])
+    rows = [row for row in _ends(seen.rows, PAGE) if row is not None]
+    inner = leaves(seen.rows)
+    for title, columns, cells, values, what in (
+        ("Forward", FORWARD, _forward, [row.rms for row in inner], "output"),
+        ("Back", BACKWARD, _backward, [row.arriving for row in inner], "cotangent arriving"),
+    ):
+        curve = page.line_plot(values, f"RMS of the {what}", of="layers")
+        parts += [page.text(title, "h2"), curve, page.table(columns, map(cells, rows))]
+    if len(rows) < len(seen.rows):
+        left = len(seen.rows) - len(rows)
+        parts += [page.text(f"{left:,} rows in the middle of each table are left out.")]
+    steepest = sorted(seen.parameters, key=_steepness, reverse=True)[: 2 * PAGE]
+    parts += [page.text("Parameters, by the ratio of their gradient", "h2")]
+    return [*parts, page.table(PARAMETERS, [(*p, p.ratio if p.rms else "") for p in steepest])]
 
 
 def plot(seen: "Pass", ax: Any = None) -> Any:
@@ -204,7 +208,9 @@ def _headline(seen: "Pass") -> str:
 
 
 def _conclusions(seen: "Pass") -> list[str]:
-    return [str(fault) for fault in seen.faults] or ["no fault is seen"]
+    more = len(seen.faults) - SAID
+    said = [str(fault) for fault in seen.faults[:SAID]] or ["no fault is seen"]
+    return said + ([f"and {more:,} more"] if more > 0 else [])
 
 
 def _fault(fault: Any) -> str:
@@ -221,27 +227,51 @@ def _ends(rows: Sequence["Row"], limit: int) -> Iterable["Row | None"]:
     return [*rows[:limit], None, *rows[-limit:]]
 
 
-def _cells(row: "Row") -> tuple[str, ...]:
-    off = row.dead if row.dead is not None else row.saturated
-    word = "dead" if row.dead is not None else "saturated"
-    ratios = [p.ratio for p in row.parameters if p.rms]  # biases may start at 0
+def _forward(row: "Row") -> tuple[Any, ...]:
+    measured = (row.mean, row.rms, row.low, row.high)
+    off = _off(row).replace(" ", "\xa0")  # kept on one line
+    return (row.name, *measured, off, row.saved, row.flops)
+
+
+def _backward(row: "Row") -> tuple[Any, ...]:
+    carried = ("" if v is None else v for v in (row.arriving, row.leaving, row.gain))
+    return (row.name, *carried, _ratio(row))
+
+
+def _line(row: "Row") -> tuple[str, ...]:
+    """The cells on a terminal; indented, and each as short as it can be."""
+    flops = human(row.flops).removesuffix("B").strip()
+    numbers = (row.arriving, row.gain, _ratio(row))
     return (
-        row.name,
-        *map(_number, (row.mean, row.rms, row.low, row.high)),
-        "" if off is None else f"{off:.0%} {word}",
-        human(row.saved),
-        f"{row.flops:.3g}",
-        *map(_number, (row.arriving, row.leaving, row.gain)),
-        _number(max(ratios)) if ratios else "",
+        "  " * row.layer.count("/") + row.name.rpartition("/")[2],
+        *map(_number, (row.mean, row.rms)),
+        _off(row).replace("saturated", "sat."),
+        human(row.saved) if row.saved else "",
+        flops if row.flops else "",
+        *map(_number, numbers),
     )
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+def _off(row: "Row") -> str:
+    if row.dead is not None:
+        return f"{row.dead:.0%} dead"
+    return "" if row.saturated is None else f"{row.saturated:.0%} saturated"
+
+
+def _ratio(row: "Row") -> float | str:
+    """The largest of the layer's parameters; of those that are 0, as biases at the start, none."""
+    return max((p.ratio for p in row.parameters if p.rms), default="")
+
+
+def _number(value: Any) -> str:
+    return "" if value is None or value == "" else f"{value:.3g}"
 
 
 def _steepness(parameter: "Parameter") -> float:
-    return -math.inf if math.isnan(parameter.ratio) else parameter.ratio
+    """Gradients that are not finite first; parameters that are 0, as biases at the start, last."""
+    if not math.isfinite(parameter.gradient):
+        return math.inf
+    return parameter.ratio if parameter.rms else -1
 
 
 def _parameter(parameter: "Parameter") -> dict[str, Any]:

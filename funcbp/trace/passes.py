@@ -18,7 +18,7 @@ from funcbp.trace.marks import marking
 from funcbp.trace.probe import Site, probed, rms, sites, slots
 from funcbp.trace.rows import Parameter, Plan, Row, rows
 
-__all__ = ["Pass", "trace"]
+__all__ = ["Pass", "of_model", "trace"]
 
 
 class Pass(NamedTuple):
@@ -62,7 +62,8 @@ def trace(
       function: a model of `funcbp.layers`, then `args` are `params, state, *inputs`; or any
         function of `args` to a floating scalar, whose rows are the layers that it applies and the
         places marked with `funcbp.tap`.
-      *args: the gradient is taken by the first, the parameters.
+      *args: the gradient is taken by the floating arrays of the first, the parameters. Leaves that
+        are neither arrays nor Python floats are passed as they are.
       loss: of a model's output, to a floating scalar; not needed if the output is one.
       key: of a model that needs one.
       train: as in `Layer.apply`.
@@ -72,8 +73,10 @@ def trace(
 
     Raises:
       InputError: there is no scalar to differentiate, nothing to differentiate by, or nothing to
-        see.
+        see; the arguments are shapes, or cannot be hashed where they are no arrays.
     """
+    if not callable(function):
+        raise InputError(f"trace takes a model or a function, got a {type(function).__name__}")
     if isinstance(function, Layer):
         if len(args) < 3:
             raise InputError(
@@ -81,7 +84,7 @@ def trace(
                 "trace(model, *model.init(key, x), x, loss=loss)"
             )
         args = (*args, key)
-        whole = _of_model(function, loss, train)
+        whole = of_model(function, loss, train)
     elif loss is not None or key is not None or train:
         raise InputError(
             "loss, key and train are for a model of funcbp.layers, got a "
@@ -89,47 +92,74 @@ def trace(
         )
     else:
         whole = function
-    if not callable(whole):
-        raise InputError(f"trace takes a model or a function, got a {type(whole).__name__}")
-    value, norms, numbers, plan = _program(whole)(*args)
+    leaves, tree = jax.tree.flatten(args)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+        raise InputError("trace runs the function and needs arrays, got jax.ShapeDtypeStruct")
+    fixed = tuple(None if _is_array(x) else (type(x), x) for x in leaves)
+    try:
+        program = _program(whole, tree, fixed)
+    except TypeError as error:
+        raise InputError(
+            f"the function, and arguments that are no arrays, must be hashable: {error}; pass a "
+            "module that holds arrays as the first argument of a function"
+        ) from None
+    value, norms, numbers, plan = program(*(x for x in leaves if _is_array(x)))
     return _pass(float(value), jax.device_get(norms), jax.device_get(numbers), plan)
 
 
 @functools.lru_cache(maxsize=64)
-def _of_model(model: Layer, loss: Callable | None, train: bool) -> Callable:
+def of_model(model: Layer, loss: Callable | None, train: bool = False) -> Callable:
+    """The loss, or without one the output, as a function of params, state, *inputs and key."""
+
     def whole(params, state, *inputs_and_key):
         *inputs, key = inputs_and_key
         output, _ = run(model.name, model, params, state, tuple(inputs), key=key, train=train)
         return output if loss is None else loss(output)
 
+    whole.__name__ = model.name
     return whole
 
 
-@functools.lru_cache(maxsize=64)
-def _program(function: Callable) -> Callable:
-    """The compiled pass: loss, RMS of parameters and gradients, numbers of the sites, plan."""
+def _is_array(x: Any) -> bool:
+    return isinstance(x, float) or (hasattr(x, "shape") and hasattr(x, "dtype"))
 
-    def program(*args):
-        leaves, tree = jax.tree.flatten(args)
-        _check(function, args)
+
+@functools.lru_cache(maxsize=64)
+def _program(function: Callable, tree: Any, fixed: tuple) -> Callable:
+    """The compiled pass of the arrays among the arguments.
+
+    It returns loss, RMS of parameters and gradients, numbers of the sites, and plan.
+    """
+
+    def arguments(arrays):
+        rest = iter(arrays)
+        return jax.tree.unflatten(tree, [next(rest) if f is None else f[1] for f in fixed])
+
+    def call(*arrays):
+        return function(*arguments(arrays))
+
+    def program(*arrays):
+        args = arguments(arrays)
+        first = filter(_is_array, jax.tree.leaves(args[:1]))
+        moving = [i for i, x in enumerate(first) if _floating(x)]
+        _check(call, arrays, moving)
         with marking():
-            closed = jax.make_jaxpr(function)(*args)
+            closed = jax.make_jaxpr(call)(*arrays)
         found = tuple(sites(closed.jaxpr))
         if not found:
             raise InputError(
                 "nothing to see: the function applies no layer of funcbp.layers and marks no "
                 "place; mark one with x = funcbp.tap(x, 'name')"
             )
-        moving = [i for i, _ in enumerate(jax.tree.leaves(args[0])) if _floating(leaves[i])]
 
         def whole(moved, zeros):
-            given = list(leaves)
+            given = list(arrays)
             for i, x in zip(moving, moved, strict=True):
                 given[i] = x
             (value,), seen = probed(closed, given, zeros)
             return value, seen
 
-        params = [leaves[i] for i in moving]
+        params = [arrays[i] for i in moving]
         (value, seen), (gradients, arrived) = jax.value_and_grad(whole, (0, 1), has_aux=True)(
             params, slots(found)
         )
@@ -148,13 +178,13 @@ def _floating(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _check(function: Callable, args: tuple) -> None:
-    if not args or not any(map(_floating, jax.tree.leaves(args[0]))):
+def _check(function: Callable, arrays: tuple, moving: list[int]) -> None:
+    if not moving:
         raise InputError(
             "the first argument is what the gradient is taken by and must hold floating arrays; "
             "pass the parameters there"
         )
-    value = jax.eval_shape(function, *args)
+    value = jax.eval_shape(function, *arrays)
     if not hasattr(value, "shape") or value.shape or not _floating(value):
         shown = jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", value)
         raise InputError(
@@ -164,11 +194,14 @@ def _check(function: Callable, args: tuple) -> None:
 
 
 def _plan(function: Callable, args: tuple, closed: Any, found: tuple[Site, ...]) -> Plan:
-    specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+    def spec(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_array(x) else x
+
+    specs = jax.tree.map(spec, args)
     floating = [
         (_path(keys), leaf.size)
         for keys, leaf in jax.tree_util.tree_leaves_with_path(args[0])
-        if _floating(leaf)
+        if _is_array(leaf) and _floating(leaf)
     ]
     flops = flops_by_layer(closed.jaxpr)
     kept = saved(function, *specs).by_layer()

@@ -6,6 +6,8 @@ come out of `jax.grad` itself, whatever stands around the mark. In a `scan` the 
 over, and the numbers come out for each step.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +16,8 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jaxtyping import Array, Float
 
-from funcbp.trace.marks import mark_p
+from funcbp.trace.marks import INPUT, mark_p
+from funcbp.trace.residuals import written
 
 __all__ = ["ACTIVATION", "COTANGENT", "Site", "probed", "rms", "sites", "slots"]
 
@@ -37,35 +40,55 @@ NAMES = {"logistic": "sigmoid", "hard_tanh": "tanh"}
 RELU = ("relu", "relu6")
 
 
+class Loop(NamedTuple):
+    """A `scan` around a mark: its place in the program, and its steps."""
+
+    number: int
+    length: int
+    reverse: bool
+
+
 class Site(NamedTuple):
     """A mark in a program.
 
     Attributes:
-        path, kind, side: as it was marked.
+        path, kind, side, part: as it was marked.
+        number: its place in the program, among those of all marks and loops.
         activation: the name of the activation whose output it is, or "".
         size: how many numbers the array holds.
-        steps: the lengths of the loops around it, outermost first.
+        loops: those around it, outermost first.
     """
 
     path: str
     kind: str
     side: str
+    part: int
+    number: int
     activation: str
     size: int
-    steps: tuple[int, ...]
+    loops: tuple[Loop, ...]
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The lengths of the loops."""
+        return tuple(loop.length for loop in self.loops)
 
 
-def sites(jaxpr: Any, steps: tuple[int, ...] = ()) -> Iterator[Site]:
+def sites(
+    jaxpr: Any, loops: tuple[Loop, ...] = (), numbers: Iterator[int] | None = None
+) -> Iterator[Site]:
     """The marks of a program, in the order in which `probed` takes their slots."""
-    makers: dict[Any, Any] = {}
+    numbers = itertools.count() if numbers is None else numbers
+    makers = _makers(jaxpr)
     for eqn in jaxpr.eqns:
+        number = next(numbers)
         if eqn.primitive is mark_p:
-            maker = None if isinstance(eqn.invars[0], Literal) else makers.get(eqn.invars[0])
-            size = eqn.invars[0].aval.size
-            yield Site(**eqn.params, activation=_activation(maker), size=size, steps=steps)
-        for inside, length in _inside(eqn):
-            yield from sites(inside, steps + length)
-        makers.update((v, eqn) for v in eqn.outvars)
+            x = eqn.invars[0]
+            name, size = _activation(x, makers), x.aval.size
+            yield Site(**eqn.params, number=number, activation=name, size=size, loops=loops)
+        own = (Loop(number, eqn.params["length"], eqn.params["reverse"]),) if _is_loop(eqn) else ()
+        for inside in _inside(eqn):
+            yield from sites(inside, loops + own, numbers)
 
 
 def slots(marked: Sequence[Site]) -> list[Float[Array, "*steps n"]]:
@@ -78,17 +101,19 @@ def probed(closed: Any, args: Sequence[Any], zeros: Sequence[Array]) -> tuple[li
     return _run(closed.jaxpr, closed.consts, args, list(zeros))
 
 
-def _inside(eqn: Any) -> list[tuple[Any, tuple[int, ...]]]:
-    """The programs that are entered with an equation, each with the length of its loop."""
+def _is_loop(eqn: Any) -> bool:
+    return eqn.primitive.name == "scan"
+
+
+def _inside(eqn: Any) -> list[Any]:
+    """The programs that are entered with an equation."""
     name, params = eqn.primitive.name, eqn.params
     if name in CALLS:
-        return [(_open(params[CALLS[name]]), ())]
-    if name in CHECKPOINTS:
-        return [(_open(params["jaxpr"]), ())]
-    if name == "scan":
-        return [(_open(params["jaxpr"]), (params["length"],))]
+        return [_open(params[CALLS[name]])]
+    if name in CHECKPOINTS or _is_loop(eqn):
+        return [_open(params["jaxpr"])]
     if name == "cond":
-        return [(_open(branch), ()) for branch in params["branches"]]
+        return [_open(branch) for branch in params["branches"]]
     return []
 
 
@@ -98,7 +123,7 @@ def _open(jaxpr: Any) -> Any:
 
 def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], zeros: list) -> tuple[list, list]:
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-    makers: dict[Any, Any] = {}
+    makers = _makers(jaxpr)
     seen: list[Any] = []
 
     def read(atom):
@@ -106,11 +131,11 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], zeros: list) ->
 
     for eqn in jaxpr.eqns:
         operands = [read(v) for v in eqn.invars]
-        counts = [len(list(sites(inside))) for inside, _ in _inside(eqn)]
+        counts = [len(list(sites(inside))) for inside in _inside(eqn)]
         if eqn.primitive is mark_p:
-            maker = makers.get(eqn.invars[0])
             results = [_probe(operands[0], zeros.pop(0))]
-            seen.append(_of_activation(operands[0], _activation(maker)))
+            name, whole = _activation(eqn.invars[0], makers), eqn.params["side"] != INPUT
+            seen.append(_of_activation(operands[0], name, whole))
         elif any(counts):
             mine = [[zeros.pop(0) for _ in range(n)] for n in counts]
             results, new = _STRUCTURED[eqn.primitive.name](eqn, operands, mine)
@@ -118,7 +143,6 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], zeros: list) ->
         else:
             results = _bind(eqn, operands)
         values.update(zip(eqn.outvars, results, strict=True))
-        makers.update((v, eqn) for v in eqn.outvars)
     return [read(v) for v in jaxpr.outvars], seen
 
 
@@ -191,7 +215,7 @@ def _probe_fwd(x, zeros):
 
 
 def _probe_bwd(_, dy):
-    return dy, jnp.stack([_bad(dy), rms(dy)])
+    return dy, _of_cotangent(dy)
 
 
 _probe.defvjp(_probe_fwd, _probe_bwd)
@@ -211,20 +235,28 @@ def rms(x: Array) -> Array:
     return scale * jnp.sqrt(jnp.sum(jnp.square(size / scale)) / max(x.size, 1))
 
 
-def _of_activation(y: Array, activation: str) -> Array:
-    x = y.astype(jnp.float32)
+# Jitted, so that arrays of the same shape are traced once.
+@jax.jit
+def _of_cotangent(dy: Array) -> Array:
+    return jnp.stack([_bad(dy), rms(dy)])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _of_activation(y: Array, activation: str, whole: bool) -> Array:
+    """The numbers about an activation; unless `whole`, only how many are not finite."""
+    x = jax.lax.stop_gradient(y).astype(jnp.float32)
     finite = jnp.isfinite(x)
-    numbers = dict.fromkeys(ACTIVATION, jnp.nan)
+    numbers = dict.fromkeys(ACTIVATION, jnp.nan) | {"ran": 1.0, "bad": _bad(x)}
+    if not whole:
+        return jnp.stack([jnp.asarray(numbers[n], jnp.float32) for n in ACTIVATION])
     numbers |= {
-        "ran": 1.0,
-        "bad": _bad(x),
         "mean": jnp.sum(jnp.where(finite, x, 0)) / max(x.size, 1),
         "rms": rms(x),
         "low": jnp.min(x, initial=jnp.inf, where=finite),
         "high": jnp.max(x, initial=-jnp.inf, where=finite),
     }
-    if activation in RELU:
-        # A unit is dead that no example of the batch wakes.
+    if activation in RELU and x.size > x.shape[-1]:
+        # A unit is dead that no example of the batch wakes; one example cannot tell.
         units = jnp.all(x <= 0, axis=tuple(range(x.ndim - 1)))
         numbers["dead"] = jnp.mean(units, dtype=jnp.float32)
     if activation in SLOPES:
@@ -232,20 +264,33 @@ def _of_activation(y: Array, activation: str) -> Array:
     return jnp.stack([jnp.asarray(numbers[n], jnp.float32) for n in ACTIVATION])
 
 
-def _activation(eqn: Any) -> str:
-    """The name of the activation that an equation is, or ends with; "" if it is none."""
-    if eqn is None:
+def _makers(jaxpr: Any) -> dict[Any, tuple[Any, int]]:
+    return {v: (eqn, i) for eqn in jaxpr.eqns for i, v in enumerate(eqn.outvars)}
+
+
+def _activation(atom: Any, makers: dict[Any, tuple[Any, int]]) -> str:
+    """The name of the activation that makes a variable; "" if none does."""
+    if isinstance(atom, Literal) or atom not in makers:
         return ""
+    eqn, index = makers[atom]
+    name = _called(eqn)
+    if name in SLOPES or name in RELU:
+        return name
+    inside = eqn.params.get(CALLS.get(eqn.primitive.name, "call_jaxpr"))
+    if inside is None:
+        return ""
+    return _activation(_open(inside).outvars[index], _makers(_open(inside)))
+
+
+def _called(eqn: Any) -> str:
+    """What an equation does, by the name of the op or of the function that it calls."""
     name = eqn.primitive.name
-    rule = getattr(getattr(eqn.params.get("bwd"), "f", None), "op", None)
-    if rule is not None:
-        settings = eqn.params["bwd"].f.static
-        name = settings.get("activation") or rule.name
+    if name == "custom_vjp_call":
+        rule = written(eqn.params["bwd"])
+        if hasattr(rule, "op"):
+            name = rule.static.get("activation") or rule.op.name
     elif name in CALLS:
         name = eqn.params.get("name", "")
-    elif name == "custom_jvp_call":
-        return _activation(eqn.params["call_jaxpr"].eqns[-1])
     elif name == "max" and any(isinstance(v, Literal) and v.val == 0 for v in eqn.invars):
         name = "relu"
-    name = NAMES.get(name, name)
-    return name if name in SLOPES or name in RELU else ""
+    return NAMES.get(name, name)

@@ -30,7 +30,7 @@ class Keeper(NamedTuple):
         equation = self.path[-1]
         if equation.primitive.name != "custom_lin":
             return None
-        function = _written(equation.params["bwd"])
+        function = written(equation.params["bwd"])
         if hasattr(function, "op"):
             return function.op.name
         module = getattr(function, "__module__", None) or ""
@@ -195,7 +195,7 @@ def _inner(equation: Any) -> Iterator[Any]:
                 yield program
 
 
-def _written(bwd: Any) -> Any:
+def written(bwd: Any) -> Any:
     """The reverse rule as its author wrote it, without what `vmap` and `partial` wrap it in."""
     function = bwd.f
     while getattr(function, "__module__", None) == "jax._src.interpreters.batching":

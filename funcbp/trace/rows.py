@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from funcbp.trace.marks import INPUT
+from funcbp.trace.marks import INPUT, OUTPUT
 from funcbp.trace.probe import ACTIVATION, COTANGENT, Site
 
 __all__ = ["Parameter", "Plan", "Row", "rows"]
@@ -47,12 +48,15 @@ class Row(NamedTuple):
       layer: the path, as `serial/residual_0/dense_0`.
       kind: the layer's own name, or "tap".
       step: its place in the loops around it, outermost first; () outside loops.
+      size: how many numbers the output holds.
       mean, rms, low, high: of the output.
-      dead: share of the units (last axis) of a relu that are 0 for every example.
+      dead: share of the units (last axis) of a relu that are 0 for every example; None if there
+        is one example alone.
       saturated: share of the outputs of a sigmoid or tanh whose derivative is below 1% of its
         largest.
-      saved: bytes kept for the backward pass beyond the arguments.
-      flops: of the forward pass; counted on the traced program.
+      saved: bytes kept for the backward pass beyond the arguments; those of a layer that runs more
+        than once, in a loop or by several calls, are shared out evenly.
+      flops: of the forward pass; counted on the traced program, and shared out likewise.
       arriving: RMS of the output's cotangent.
       leaving: RMS of the cotangents of the inputs, by way of this layer.
       bad: how many numbers are not finite in the inputs, the output, the arriving and the leaving
@@ -63,6 +67,7 @@ class Row(NamedTuple):
     layer: str
     kind: str
     step: tuple[int, ...]
+    size: int
     mean: float
     rms: float
     low: float
@@ -84,6 +89,11 @@ class Row(NamedTuple):
         return self.leaving / self.arriving
 
     @property
+    def norm(self) -> float:
+        """Of the output's cotangent: unlike its RMS, a sum or a mean over an axis keeps it."""
+        return self.arriving * math.sqrt(self.size)
+
+    @property
     def name(self) -> str:
         """The path, with the step in brackets."""
         return self.layer + "".join(f"[{k}]" for k in self.step)
@@ -102,7 +112,8 @@ class Plan(NamedTuple):
 class _Place(NamedTuple):
     """One end of a layer, or a tap: the marks of its arrays as one."""
 
-    site: Site
+    site: Site  # of the last
+    size: int
     activation: dict[str, np.ndarray]  # [*steps] each
     cotangent: dict[str, np.ndarray]
 
@@ -110,21 +121,22 @@ class _Place(NamedTuple):
 class _Ends(NamedTuple):
     """Both ends of a layer that was applied, or a tap."""
 
-    order: int
+    number: int
     input: _Place | None
     output: _Place
 
 
 def _places(sites: Sequence[Site], numbers: Any) -> Iterable[_Place]:
-    marks = zip(sites, *numbers, strict=True)
-    for _, group in itertools.groupby(marks, lambda m: (m[0].path, m[0].side, m[0].steps)):
-        found, activations, cotangents = zip(*group, strict=True)
+    firsts = itertools.accumulate(site.part == 0 for site in sites)
+    marks = zip(firsts, sites, *numbers, strict=True)
+    for _, group in itertools.groupby(marks, lambda m: m[0]):
+        _, found, activations, cotangents = zip(*group, strict=True)
         sizes = [site.size for site in found]
         activation = [
             dict(zip(ACTIVATION, np.moveaxis(a, -1, 0), strict=True)) for a in activations
         ]
         cotangent = [dict(zip(COTANGENT, np.moveaxis(c, -1, 0), strict=True)) for c in cotangents]
-        yield _Place(found[-1], _as_one(activation, sizes), _as_one(cotangent, sizes))
+        yield _Place(found[-1], sum(sizes), _as_one(activation, sizes), _as_one(cotangent, sizes))
 
 
 _JOINED = {"ran": np.max, "bad": np.sum, "low": np.min, "high": np.max}
@@ -145,18 +157,16 @@ def _as_one(parts: Sequence[dict[str, np.ndarray]], sizes: Sequence[int]) -> dic
     return joined
 
 
-def _applied(places: Iterable[_Place]) -> list[_Ends]:
-    """The layers in the order in which they were entered."""
-    entered: dict[str, list[tuple[int, _Place]]] = {}
-    ends = []
-    for order, place in enumerate(places):
+def _applied(places: Iterable[_Place]) -> Iterable[_Ends]:
+    """The layers and the taps."""
+    entered: dict[str, list[_Place]] = {}
+    for place in places:
         waiting = entered.setdefault(place.site.path, [])
         if place.site.side == INPUT:
-            waiting.append((order, place))
+            waiting.append(place)
         else:
-            at, start = waiting.pop() if waiting else (order, None)
-            ends.append(_Ends(at, start, place))
-    return sorted(ends, key=lambda e: e.order)
+            start = waiting.pop() if waiting and place.site.side == OUTPUT else None
+            yield _Ends((start or place).site.number, start, place)
 
 
 def rows(plan: Plan, numbers: Any, parameters: Sequence[Parameter]) -> Iterable[Row]:
@@ -167,27 +177,42 @@ def rows(plan: Plan, numbers: Any, parameters: Sequence[Parameter]) -> Iterable[
       numbers: (of the activations, of the cotangents), each an array [*steps, n] for each site.
       parameters: all of them.
     """
-    applied = _applied(_places(plan.sites, numbers))
-    own = _owned(parameters, {e.output.site.path for e in applied})
-    for steps, block in itertools.groupby(applied, lambda e: e.output.site.steps):
-        layers = list(block)
-        for step in np.ndindex(steps):
-            for ends in layers:
-                if ends.output.activation["ran"][step]:
-                    yield _row(ends, step, plan, own.get(ends.output.site.path, ()))
+    applied = list(_applied(_places(plan.sites, numbers)))
+    runs: Counter[str] = Counter()
+    for ends in applied:
+        runs[ends.output.site.path] += math.prod(ends.output.site.steps)
+    own = _owned(parameters, {e.output.site.path for e in applied if e.output.site.side == OUTPUT})
+    ran = [
+        (ends, step)
+        for ends in applied
+        for step in np.ndindex(ends.output.site.steps)
+        if ends.output.activation["ran"][step]
+    ]
+    for ends, step in sorted(ran, key=lambda pair: _when(*pair)):
+        path = ends.output.site.path
+        yield _row(ends, step, plan, runs[path], own.get(path, ()))
 
 
-def _row(ends: _Ends, step: tuple[int, ...], plan: Plan, own: Sequence[Parameter]) -> Row:
+def _when(ends: _Ends, step: tuple[int, ...]) -> tuple[int, ...]:
+    """Sorts as the forward pass runs: by place in the program, in a loop by step, then by place."""
+    loops = zip(ends.output.site.loops, step, strict=True)
+    taken = [(loop.number, -k if loop.reverse else k) for loop, k in loops]
+    return (*itertools.chain.from_iterable(taken), ends.number)
+
+
+def _row(
+    ends: _Ends, step: tuple[int, ...], plan: Plan, runs: int, own: Sequence[Parameter]
+) -> Row:
     site = ends.output.site
     seen = {n: float(v[step]) for n, v in ends.output.activation.items()}
     places = (ends.input, ends.output)
     bad_forward = [int(p.activation["bad"][step]) if p else 0 for p in places]
     bad_backward = [int(p.cotangent["bad"][step]) if p else 0 for p in places[::-1]]
-    runs = math.prod(site.steps)
     return Row(
         layer=site.path,
         kind=site.kind,
         step=tuple(map(int, step)),
+        size=ends.output.size,
         mean=seen["mean"],
         rms=seen["rms"],
         low=seen["low"],

@@ -1,19 +1,26 @@
 """What the chain rule found, step by step, and how it prints."""
 
 import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from funcbp import page
+
 # Equations show the numbers of matrices up to these sizes, and fold at this width; a table shows
-# this many rows at either end.
-ROWS, COLUMNS, WIDTH, ENDS = 6, 8, 100, 20
+# this many rows at either end, on a terminal and on a page.
+ROWS, COLUMNS, WIDTH, ENDS, PAGE = 6, 8, 100, 20, 150
+HEAD = ("n", "f_n", "h_n", "∂h_n/∂h_{n-1}", "∂h_n/∂θ_n")
+TITLE = "The chain rule, step by step"
 
 
 class Evaluations(NamedTuple):
@@ -126,40 +133,94 @@ class ChainRule(NamedTuple):
         """The way back in numbers, for the steps whose matrices are small."""
         return "\n\n".join(_equations(self))
 
+    def __rich__(self) -> RenderableType:
+        words = "\n\n".join([*_shown_equations(self), "\n".join(_sentences(self))])
+        return Group(self.table(), Text(words))
+
     def __str__(self) -> str:
         # Wide enough that no cell is folded; a plain file, so no colours.
         file = io.StringIO()
-        Console(file=file, width=1000, color_system=None, force_terminal=False).print(self.table())
-        table = "\n".join(line.rstrip() for line in file.getvalue().splitlines()).strip("\n")
-        equations = _equations(self) if len(self.steps) <= ENDS else []
-        return "\n\n".join([table, *equations, "\n".join(_sentences(self))])
+        Console(file=file, width=1000, color_system=None, force_terminal=False).print(self)
+        return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).strip("\n")
+
+    def to_json(self, path: str | Path | None = None) -> dict[str, Any]:
+        """Shapes and costs as plain values; the matrices are in `.steps`.
+
+        Args:
+            path: a file to write them to as well.
+        """
+        whole = _plain(self)
+        if path is not None:
+            Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        return whole
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """A self-contained page; also written to `path`. Steps amid many are left out."""
+        whole = page.page(TITLE, *_sections(self))
+        if path is not None:
+            Path(path).write_text(whole, encoding="utf-8")
+        return whole
+
+    def _repr_html_(self) -> str:
+        return page.fragment(page.text(TITLE, "h2"), *_sections(self))
 
 
 def _table(result: ChainRule) -> Table:
     last = len(result.steps)
-    table = Table(box=box.SIMPLE_HEAD, show_footer=True)
-    for name in ("n", "f_n", "h_n", "∂h_n/∂h_{n-1}", "∂h_n/∂θ_n"):
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in HEAD:
         table.add_column(Text(name), "total" if name == "f_n" else "")
-    table.add_column("flops, left", f"{result.flops_left:,}", justify="right")
-    table.add_column("flops, right", f"{result.flops_right:,}", justify="right")
-    for n in range(last, 0, -1):
-        if ENDS < n <= last - ENDS:
-            if n == ENDS + 1:
-                table.add_row("...", f"{last - 2 * ENDS:,} more")
-            continue
-        step = result.steps[n - 1]
-        cells = (
-            str(n),
-            step.name,
-            shapes(step.output),
-            _size(step.rows, step.columns),
-            _size(step.rows, step.parameters),
-            f"{step.flops_left:,}",
-            f"{step.flops_right:,}",
-        )
+    for name, total in (("left", result.flops_left), ("right", result.flops_right)):
+        table.add_column(f"flops, {name}", _short(total), justify="right", no_wrap=True)
+    for n in _shown(last, ENDS):
         # As Text, since rich would read the brackets as markup.
-        table.add_row(*map(Text, cells))
+        cells = _cells(result, n) if n else ("...", f"{last - 2 * ENDS:,} more")
+        table.add_row(*(Text(c if isinstance(c, str) else _short(c)) for c in cells))
     return table
+
+
+def _short(count: int) -> str:
+    return f"{count:,}" if count < 10**8 else f"{count:.3g}"
+
+
+def _shown(last: int, ends: int) -> Iterable[int]:
+    """The numbers of the steps that a table has, the last first; 0 where others are left out."""
+    if last <= 2 * ends:
+        return range(last, 0, -1)
+    return [*range(last, last - ends, -1), 0, *range(ends, 0, -1)]
+
+
+def _cells(result: ChainRule, n: int) -> tuple[Any, ...]:
+    step = result.steps[n - 1]
+    sizes = (_size(step.rows, step.columns), _size(step.rows, step.parameters))
+    return (n, step.name, shapes(step.output), *sizes, step.flops_left, step.flops_right)
+
+
+def _sections(result: ChainRule) -> list[str]:
+    """The parts of the page."""
+    last = len(result.steps)
+    columns = (*HEAD, "flops, left", "flops, right")
+    rows = [_cells(result, n) for n in _shown(last, PAGE) if n]
+    parts = [*map(page.text, _sentences(result)), page.table(columns, rows)]
+    if len(rows) < last:
+        parts.append(page.text(f"{last - len(rows):,} steps in the middle are left out."))
+    return [*parts, *(page.text(equation, "pre") for equation in _shown_equations(result))]
+
+
+def _plain(result: ChainRule) -> dict[str, Any]:
+    of_step = ("name", "rows", "columns", "parameters", "flops_left", "flops_right")
+    of_whole = ("parameters", "flops_left", "flops_right", "flops_forward",
+                "flops_backpropagation", "seconds_left", "seconds_right", "error")  # fmt: skip
+    return {
+        "jax": jax.__version__,
+        "steps": [
+            {n: getattr(step, n) for n in of_step}
+            | {"output": shapes(step.output), "parts": list(step.parts)}
+            for step in result.steps
+        ],
+        "evaluations": result.evaluations._asdict(),
+        **{n: getattr(result, n) for n in of_whole},
+    }
 
 
 def shapes(tree: PyTree) -> str:
@@ -173,6 +234,10 @@ def _size(rows: int, columns: int) -> str:
 
 def _letter(result: ChainRule) -> str:
     return "L" if result.steps[-1].rows == 1 else f"h_{len(result.steps)}"
+
+
+def _shown_equations(result: ChainRule) -> list[str]:
+    return _equations(result) if len(result.steps) <= ENDS else []
 
 
 def _equations(result: ChainRule) -> list[str]:
