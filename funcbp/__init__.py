@@ -14,6 +14,7 @@ from funcbp.core import op as op
 from funcbp.core import recorded as recorded
 from funcbp.trace import chain_rule as chain_rule
 from funcbp.trace import find_nonfinite as find_nonfinite
+from funcbp.trace import plot_run as plot_run
 from funcbp.trace import saved as saved
 from funcbp.trace import tap as tap
 from funcbp.trace import trace as trace

@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "funcbp"
 BASE = {"core", "case"}
 ALLOWED = {
     "case": set(),
+    "jaxprs": set(),
     "core": {"case"},
     "ops": BASE,
     "layers": BASE | {"ops"},
@@ -16,9 +17,9 @@ ALLOWED = {
     "train": BASE | {"ops", "layers", "models", "data"},
     "parallel": BASE | {"ops", "layers", "models", "train"},
     "page": BASE,
-    "check": BASE | {"ops", "page"},
-    "trace": BASE | {"ops", "layers", "page"},
-    "bench": BASE | {"ops", "page", "check", "trace"},
+    "check": BASE | {"ops", "page", "jaxprs"},
+    "trace": BASE | {"ops", "layers", "page", "jaxprs"},
+    "bench": BASE | {"ops", "page", "check", "jaxprs"},
 }
 # The commands stand on top of everything.
 TOP = {"__init__", "catalogue", "cli", "demo"}

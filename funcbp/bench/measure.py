@@ -19,7 +19,7 @@ from funcbp.bench.roofline import Roofline
 from funcbp.case import Case
 from funcbp.check.compare import saved_bytes, split, widened
 from funcbp.core import Op
-from funcbp.trace.eager import equations
+from funcbp.jaxprs import equations
 
 __all__ = ["Row", "measure"]
 

@@ -6,6 +6,7 @@ in its layouts: a counterpart that wants others is given them outside of what is
 
 import functools
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,8 @@ def require(against: list[str]) -> None:
         if name not in AGAINST:
             raise InputError(f"--against takes {', '.join(AGAINST)}, got {name!r}")
         if name in ("flax", "torch"):
+            # Else its threads go on spinning, on the cores that whoever comes next is timed on.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             try:
                 importlib.import_module(name)
             except ImportError:

@@ -14,33 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
 
+from funcbp.jaxprs import CALLS, QUICKLY, SILENT, bind, opened, scanned, variable
+
 __all__ = ["Evaluator", "compiled", "double"]
 
 # The parameters by which primitives name the type of their result.
 DTYPES = ("new_dtype", "dtype", "preferred_element_type", "accumulator_dtype", "out_dtype")
-# The parameter that holds the function of a call which is run in its place.
-CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-    "custom_lin": "call_jaxpr",
-}
 # What runs in its own precision: bits, and code outside of JAX.
 NARROW = {"bitcast_convert_type", "pure_callback", "io_callback", "ffi_call", "pallas_call"}
-SILENT = {"debug_callback", "debug_print"}
-
-
 # The steps after which a `while` is taken for one that does not end.
 STEPS = 100_000
-# XLA's options for programs that run a few times: half the time goes into making code fast.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def compiled(f: Callable, **settings: Any) -> Callable:
@@ -121,13 +104,13 @@ class Evaluator:
         return self._own(atom.val) if isinstance(atom, Literal) else values[atom]
 
     def _equations(self, jaxpr: Any, values: dict[Any, Any]) -> list[Any]:
-        last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if _is_var(v)}
-        keep = {v for v in jaxpr.outvars if _is_var(v)}
+        last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if variable(v)}
+        keep = {v for v in jaxpr.outvars if variable(v)}
         for i, eqn in enumerate(jaxpr.eqns):
             results = self._equation(eqn, [self._read(values, v) for v in eqn.invars])
             values.update(zip(eqn.outvars, results, strict=True))
             for v in eqn.invars:  # a value is let go after its last use
-                if _is_var(v) and last[v] == i and v not in keep:
+                if variable(v) and last[v] == i and v not in keep:
                     values.pop(v, None)
         return [self._read(values, v) for v in jaxpr.outvars]
 
@@ -165,11 +148,11 @@ class Evaluator:
 
     def _primitive(self, eqn: Any, operands: list[Any]) -> list[Any]:
         if not self.promote:
-            return _bind(eqn, operands, eqn.params)
+            return bind(eqn, operands, eqn.params)
         if eqn.primitive.name not in NARROW:
             params = {n: self._promoted_parameter(n, v) for n, v in eqn.params.items()}
             try:
-                return [self._own(r) for r in _bind(eqn, operands, params)]
+                return [self._own(r) for r in bind(eqn, operands, params)]
             except (TypeError, ValueError, NotImplementedError):
                 pass
         if any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.invars):
@@ -180,7 +163,7 @@ class Evaluator:
             else jax.lax.convert_element_type(x, v.aval.dtype)
             for x, v in zip(operands, eqn.invars, strict=True)
         ]
-        return [self._own(r) for r in _bind(eqn, narrow, eqn.params)]
+        return [self._own(r) for r in bind(eqn, narrow, eqn.params)]
 
     def _promoted_parameter(self, name: str, value: Any) -> Any:
         if name in DTYPES and value is not None:
@@ -191,10 +174,10 @@ class Evaluator:
 
     def _region(self, jaxpr: Any) -> Any:
         """The scalar function of a reduction or scatter, in double."""
-        invars = getattr(jaxpr, "jaxpr", jaxpr).invars
+        invars = opened(jaxpr).invars
         avals = [jax.ShapeDtypeStruct(v.aval.shape, double(v.aval.dtype)) for v in invars]
         wide = jax.make_jaxpr(lambda *leaves: self._any(jaxpr, leaves))(*avals)
-        return wide if hasattr(jaxpr, "jaxpr") else getattr(wide, "jaxpr", wide)
+        return wide if hasattr(jaxpr, "jaxpr") else opened(wide)
 
     def _call_hi_primitive(self, params: dict[str, Any], operands: list[Any]) -> list[Any]:
         """A primitive of hijax, and custom_vjp under `jax_custom_vjp3`: what it expands to."""
@@ -207,11 +190,7 @@ class Evaluator:
         return self._any(jax.make_jaxpr(expanded)(*avals), operands)
 
     def _scan(self, params: dict[str, Any], operands: list[Any]) -> list[Any]:
-        if "num_carry" in params:
-            consts, carries = params["num_consts"], params["num_carry"]
-        else:
-            groups = params["ft_in"].unpack()
-            consts, carries = (len(list(g)) for g in groups[:2])
+        consts, carries = scanned(params)
         fixed, init, xs = (
             operands[:consts],
             operands[consts : consts + carries],
@@ -311,15 +290,6 @@ class Evaluator:
         )
 
 
-def _is_var(atom: Any) -> bool:
-    return not isinstance(atom, Literal)
-
-
 def _like(new: Any, old: Any) -> Any:
     dtype = jnp.result_type(old)
     return new if jnp.result_type(new) == dtype else jax.lax.convert_element_type(new, dtype)
-
-
-def _bind(eqn: Any, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
-    out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(params))
-    return list(out) if eqn.primitive.multiple_results else [out]

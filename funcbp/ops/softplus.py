@@ -156,7 +156,7 @@ def _log1mexp(x: X) -> X:
 
 
 def _log1mexp_slope(x):
-    return jnp.exp(-x) / -jnp.expm1(-x)
+    return 1 / jnp.expm1(x)
 
 
 log1mexp = pointwise(

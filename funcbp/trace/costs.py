@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from funcbp.jaxprs import opened
 from funcbp.trace import origin
 
 # The clock says something about this many flops: below it measures the call, above it takes long.
@@ -93,7 +94,7 @@ def _programs(eqn: Any) -> Iterator[Any]:
         inside = eqn.params.get(name)
         inside = inside[0] if isinstance(inside, tuple) else inside
         if inside is not None:
-            yield getattr(inside, "jaxpr", inside)
+            yield opened(inside)
 
 
 def _flops(eqn: Any) -> int:

@@ -7,7 +7,7 @@ something was born inside.
 
 import enum
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,22 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
-__all__ = ["Frame", "Origin", "Run", "Step", "Trouble", "Value", "equations", "trouble_of"]
+from funcbp.jaxprs import CALLS, SILENT, bind, opened, programs, scanned, variable
 
-# The parameter that holds the function of a call which is run in its place.
-CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
+__all__ = ["Frame", "Origin", "Run", "Step", "Trouble", "Value", "trouble_of"]
+
 LOOPS = ("scan", "while", "cond")
-SILENT = ("debug_callback", "debug_print")
 # Where these make an infinity, it is at the same place of each operand.
 ELEMENTWISE = {
     *("add", "add_any", "sub", "mul", "div", "rem", "pow", "integer_pow", "square", "sqrt", "cbrt"),
@@ -153,17 +142,17 @@ class Run:
         jaxpr = frame.jaxpr
         constants = [Value.of(c, Origin("constant")) for c in consts]
         values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *inputs), strict=True))
-        last = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.invars if not _literal(v)}
-        keep = {v for v in jaxpr.outvars if not _literal(v)}
+        last = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.invars if variable(v)}
+        keep = {v for v in jaxpr.outvars if variable(v)}
 
         def read(atom):
-            return Value.of(atom.val, Origin("constant")) if _literal(atom) else values[atom]
+            return Value.of(atom.val, Origin("constant")) if not variable(atom) else values[atom]
 
         for i, eqn in enumerate(jaxpr.eqns):
             results = self._equation(frame, eqn, [read(v) for v in eqn.invars])
             values.update(zip(eqn.outvars, results, strict=True))
             for v in eqn.invars:  # a value is let go after its last use
-                if not _literal(v) and last[v] == i and v not in keep:
+                if variable(v) and last[v] == i and v not in keep:
                     values.pop(v, None)
         return [read(v) for v in jaxpr.outvars]
 
@@ -174,7 +163,7 @@ class Run:
             return [Value(None) for _ in eqn.outvars]
         if CALLS.get(name) in eqn.params:
             inner = eqn.params[CALLS[name]]
-            jaxpr = getattr(inner, "jaxpr", inner)
+            jaxpr = opened(inner)
             call = Frame.of(jaxpr, (*frame.path, eqn), frame, eqn.invars)
             return self._run(call, getattr(inner, "consts", ()), operands)
         results = _bind(eqn, [v.array for v in operands])
@@ -217,10 +206,10 @@ class Run:
 
     def _scan(self, frame: Frame, eqn: Any, operands: list[Value]) -> list[Origin | None]:
         params, body = eqn.params, _closed(eqn.params["jaxpr"])
-        consts, carries = _scan_sizes(params)
+        consts, carries = scanned(params)
         fixed, carry = operands[:consts], operands[consts : consts + carries]
         xs = operands[consts + carries :]
-        inner = Frame.of(_open(body), (*frame.path, eqn), frame, eqn.invars)
+        inner = Frame.of(opened(body), (*frame.path, eqn), frame, eqn.invars)
         origins: list[Origin | None] = [None] * (len(eqn.outvars) - carries)
         numbers = range(params["length"])
         for i in reversed(numbers) if params["reverse"] else numbers:
@@ -233,7 +222,7 @@ class Run:
         params, body = eqn.params, _closed(eqn.params["body_jaxpr"])
         n, m = params["cond_nconsts"], params["body_nconsts"]
         tested, fixed, carry = operands[:n], operands[n : n + m], operands[n + m :]
-        inner = Frame.of(_open(body), (*frame.path, eqn), frame, eqn.invars[n:])
+        inner = Frame.of(opened(body), (*frame.path, eqn), frame, eqn.invars[n:])
         test = self._compiled(_closed(params["cond_jaxpr"]))
         while True:
             on = np.asarray(test(*(v.array for v in (*tested, *carry)))[0])
@@ -246,24 +235,8 @@ class Run:
         branches = eqn.params["branches"]
         taken = int(np.clip(np.asarray(operands[0].array), 0, len(branches) - 1))
         body = _closed(branches[taken])
-        inner = Frame.of(_open(body), (*frame.path, eqn), frame, eqn.invars[1:])
+        inner = Frame.of(opened(body), (*frame.path, eqn), frame, eqn.invars[1:])
         return [v.origin for v in self._body(inner, body, operands[1:])]
-
-
-def equations(value: Any) -> Iterator[Any]:
-    """The equations of a jaxpr, or of a tuple of them, and of the jaxprs that these hold."""
-    for jaxpr in _programs((value,)):
-        for eqn in jaxpr.eqns:
-            yield eqn
-            yield from equations(tuple(eqn.params.values()))
-
-
-def _literal(atom: Any) -> bool:
-    return isinstance(atom, Literal)
-
-
-def _open(jaxpr: Any) -> Any:
-    return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def _closed(jaxpr: Any) -> ClosedJaxpr:
@@ -274,25 +247,15 @@ def _inner(eqn: Any) -> Any:
     """The jaxpr whose variables are one for one those of a call, or of a scan."""
     name = eqn.primitive.name
     key = "jaxpr" if name == "scan" else CALLS.get(name)
-    return _open(eqn.params[key]) if key in eqn.params else None
+    return opened(eqn.params[key]) if key in eqn.params else None
 
 
 def _bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    def bind(*operands):
-        out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-        return list(out) if eqn.primitive.multiple_results else [out]
+    def run(*operands):
+        return bind(eqn, operands)
 
     # What holds a program of its own runs compiled, as it does for its user.
-    run: Callable = jax.jit(bind) if any(_programs(eqn.params.values())) else bind
-    return run(*operands)
-
-
-def _programs(values: Any) -> Iterator[Any]:
-    for value in values:
-        if hasattr(value, "eqns"):
-            yield value
-        elif isinstance(value, tuple):
-            yield from _programs(value)
+    return (jax.jit(run) if any(programs(eqn.params.values())) else run)(*operands)
 
 
 def _worst(operands: Sequence[Value]) -> Value | None:
@@ -329,13 +292,6 @@ def _is_born(
         if np.shape(v.array) in (shape, ()):
             of_finite = of_finite & np.isfinite(np.asarray(v.array))
     return bool(of_finite.any())
-
-
-def _scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
-    if "num_carry" in params:
-        return params["num_consts"], params["num_carry"]
-    consts, carries, *_ = (len(list(group)) for group in params["ft_in"].unpack())
-    return consts, carries
 
 
 def _row(x: Value, i: int) -> Value:

@@ -14,17 +14,8 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array, PyTree
 
 from funcbp.core import InputError
-from funcbp.trace.eager import (
-    CALLS,
-    LOOPS,
-    Origin,
-    Run,
-    Step,
-    Trouble,
-    Value,
-    equations,
-    trouble_of,
-)
+from funcbp.jaxprs import CALLS, QUICKLY, equations, opened
+from funcbp.trace.eager import LOOPS, Origin, Run, Step, Trouble, Value, trouble_of
 from funcbp.trace.origin import layer, source
 from funcbp.trace.traps import MOVES, Scene, Trap, element, is_transposed, trap_of
 
@@ -39,8 +30,6 @@ SHOWN = 4  # operands in a message
 REMAT = ("checkpoint", "remat", "remat2")
 # Overflow is what the program as written does, not what one fused in a wider dtype does.
 AS_WRITTEN = {"xla_allow_excess_precision": False}
-# A program that runs once is worth no optimizing.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class NonFinite(NamedTuple):
@@ -205,7 +194,7 @@ class _Rules:
         return self._known[id(value)]
 
     def _jaxpr(self, jaxpr: Any) -> Any:
-        if getattr(jaxpr, "jaxpr", jaxpr) is not jaxpr:  # closed, until JAX 0.11 another type
+        if opened(jaxpr) is not jaxpr:  # closed, until JAX 0.11 another type
             inner = self.marked(jaxpr.jaxpr)
             return jaxpr if inner is jaxpr.jaxpr else ClosedJaxpr(inner, jaxpr.consts)
         eqns = [self._equation(eqn) for eqn in jaxpr.eqns]
@@ -307,7 +296,7 @@ def _where(step: Step, rules: _Rules) -> tuple[str, str, str]:
     if call is not None:
         path = (*step.frame.path, call, step.eqn)
         jaxpr = call.params["call_jaxpr"]
-        rule = str(getattr(jaxpr, "jaxpr", jaxpr).debug_info.func_name)
+        rule = str(opened(jaxpr).debug_info.func_name)
     return source(*path), MARK.sub("", scopes).removeprefix("/"), rule
 
 

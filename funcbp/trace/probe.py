@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
 from jaxtyping import Array, Float
 
+from funcbp.jaxprs import CALLS, bind, opened, scanned, variable
 from funcbp.trace.marks import INPUT, mark_p
 from funcbp.trace.residuals import written
 
@@ -26,9 +26,8 @@ __all__ = ["ACTIVATION", "COTANGENT", "Site", "probed", "rms", "sites", "slots"]
 ACTIVATION: tuple[str, ...] = ("ran", "bad", "mean", "rms", "low", "high", "dead", "saturated")
 COTANGENT: tuple[str, ...] = ("bad", "rms")
 
-# Equations that are entered, and where their program stands.
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
-
+# Equations that are entered: with a rule of its own, a function stays as it is.
+ENTERED = ("jit", "pjit", "closed_call", "core_call")
 CHECKPOINTS = ("checkpoint", "remat", "remat2")
 
 # The largest derivative of an activation, in terms of its value: saturated is below 1% of it.
@@ -108,17 +107,13 @@ def _is_loop(eqn: Any) -> bool:
 def _inside(eqn: Any) -> list[Any]:
     """The programs that are entered with an equation."""
     name, params = eqn.primitive.name, eqn.params
-    if name in CALLS:
-        return [_open(params[CALLS[name]])]
-    if name in CHECKPOINTS or _is_loop(eqn):
-        return [_open(params["jaxpr"])]
+    if name in (*ENTERED, *CHECKPOINTS):
+        return [opened(params[CALLS[name]])]
+    if _is_loop(eqn):
+        return [opened(params["jaxpr"])]
     if name == "cond":
-        return [_open(branch) for branch in params["branches"]]
+        return [opened(branch) for branch in params["branches"]]
     return []
-
-
-def _open(jaxpr: Any) -> Any:
-    return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], zeros: list) -> tuple[list, list]:
@@ -127,7 +122,7 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], zeros: list) ->
     seen: list[Any] = []
 
     def read(atom):
-        return atom.val if isinstance(atom, Literal) else values[atom]
+        return values[atom] if variable(atom) else atom.val
 
     for eqn in jaxpr.eqns:
         operands = [read(v) for v in eqn.invars]
@@ -141,19 +136,14 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], zeros: list) ->
             results, new = _STRUCTURED[eqn.primitive.name](eqn, operands, mine)
             seen += new
         else:
-            results = _bind(eqn, operands)
+            results = bind(eqn, operands)
         values.update(zip(eqn.outvars, results, strict=True))
     return [read(v) for v in jaxpr.outvars], seen
 
 
-def _bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-    return list(results) if eqn.primitive.multiple_results else [results]
-
-
 def _call(eqn: Any, operands: list, zeros: list) -> tuple[list, list]:
     inside = eqn.params[CALLS[eqn.primitive.name]]
-    return _run(_open(inside), getattr(inside, "consts", ()), operands, zeros[0])
+    return _run(opened(inside), getattr(inside, "consts", ()), operands, zeros[0])
 
 
 def _checkpoint(eqn: Any, operands: list, zeros: list) -> tuple[list, list]:
@@ -166,10 +156,7 @@ def _checkpoint(eqn: Any, operands: list, zeros: list) -> tuple[list, list]:
 
 def _scan(eqn: Any, operands: list, zeros: list) -> tuple[list, list]:
     params = eqn.params
-    if "num_carry" in params:
-        n, m = params["num_consts"], params["num_carry"]
-    else:
-        n, m = (len(list(group)) for group in params["ft_in"].unpack()[:2])
+    n, m = scanned(params)
     fixed, init, xs = operands[:n], operands[n : n + m], operands[n + m :]
     body = params["jaxpr"]
 
@@ -201,7 +188,7 @@ def _cond(eqn: Any, operands: list, zeros: list) -> tuple[list, list]:
     return jax.lax.switch(index, [taken(k) for k in range(len(branches))], operands, zeros)
 
 
-_STRUCTURED = {**dict.fromkeys(CALLS, _call), **dict.fromkeys(CHECKPOINTS, _checkpoint)}
+_STRUCTURED = {**dict.fromkeys(ENTERED, _call), **dict.fromkeys(CHECKPOINTS, _checkpoint)}
 _STRUCTURED |= {"scan": _scan, "cond": _cond}
 
 
@@ -270,7 +257,7 @@ def _makers(jaxpr: Any) -> dict[Any, tuple[Any, int]]:
 
 def _activation(atom: Any, makers: dict[Any, tuple[Any, int]]) -> str:
     """The name of the activation that makes a variable; "" if none does."""
-    if isinstance(atom, Literal) or atom not in makers:
+    if not variable(atom) or atom not in makers:
         return ""
     eqn, index = makers[atom]
     name = _called(eqn)
@@ -279,7 +266,7 @@ def _activation(atom: Any, makers: dict[Any, tuple[Any, int]]) -> str:
     inside = eqn.params.get(CALLS.get(eqn.primitive.name, "call_jaxpr"))
     if inside is None:
         return ""
-    return _activation(_open(inside).outvars[index], _makers(_open(inside)))
+    return _activation(opened(inside).outvars[index], _makers(opened(inside)))
 
 
 def _called(eqn: Any) -> str:
@@ -289,8 +276,8 @@ def _called(eqn: Any) -> str:
         rule = written(eqn.params["bwd"])
         if hasattr(rule, "op"):
             name = rule.static.get("activation") or rule.op.name
-    elif name in CALLS:
+    elif name in ENTERED:
         name = eqn.params.get("name", "")
-    elif name == "max" and any(isinstance(v, Literal) and v.val == 0 for v in eqn.invars):
+    elif name == "max" and any(not variable(v) and v.val == 0 for v in eqn.invars):
         name = "relu"
     return NAMES.get(name, name)

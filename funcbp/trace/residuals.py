@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import Literal
+
+from funcbp.jaxprs import opened, variable
 
 # These hand on their operands.
 _HANDED_ON = (
@@ -75,7 +76,7 @@ def residuals(fn: Callable, leaves: Sequence[Any]) -> list[Residual]:
     arrays: dict[Any, tuple[Any, list[Keeper]]] = {}
     for i, atom in enumerate(map(makers.original, program.outvars)):
         # A literal is an array of its own.
-        _, kept_by = arrays.setdefault(atom if _variable(atom) else i, (atom, []))
+        _, kept_by = arrays.setdefault(atom if variable(atom) else i, (atom, []))
         kept_by += keepers.get(i, ())
     return [Residual(v.aval, *makers.of(v), tuple(k)) for v, k in arrays.values()]
 
@@ -92,7 +93,7 @@ def _follow(jaxpr: Any, known: dict[Any, int], path: tuple, keepers: dict) -> se
     """Notes who reads the known variables, by the number of each; returns the numbers read."""
     read = set()
     for equation in jaxpr.eqns:
-        at = {i: known[v] for i, v in enumerate(equation.invars) if _variable(v) and v in known}
+        at = {i: known[v] for i, v in enumerate(equation.invars) if variable(v) and v in known}
         if not at:
             continue
         inside = set()
@@ -121,11 +122,11 @@ class _Makers:
     def of(self, variable: Any) -> tuple[tuple[Any, ...], int | None]:
         """The maker's path and the number of the argument, one of which is empty or None."""
         path, at = self._find(self.program, variable, ())
-        return path, None if path else self.numbers.get(at) if _variable(at) else None
+        return path, None if path else self.numbers.get(at) if variable(at) else None
 
     def original(self, atom: Any) -> Any:
         """The variable of which this one is another name; literals are themselves."""
-        made = self._table(self.program).get(atom) if _variable(atom) else None
+        made = self._table(self.program).get(atom) if variable(atom) else None
         if made is None:
             return atom
         equation, index = made
@@ -139,7 +140,7 @@ class _Makers:
 
     def _find(self, jaxpr: Any, variable: Any, path: tuple) -> tuple[tuple, Any]:
         """The maker's path, or () and the variable of `jaxpr` that comes from outside it."""
-        made = self._table(jaxpr).get(variable) if _variable(variable) else None
+        made = self._table(jaxpr).get(variable) if variable(variable) else None
         if made is None:
             return (), variable
         equation, index = made
@@ -174,7 +175,7 @@ class _Makers:
             if o.aval.ndim == v.aval.ndim
         ]
         carries = whole[len(whole) - len(carried) :]
-        if _variable(at) and at in carries:
+        if variable(at) and at in carries:
             return self._find(sub, sub.outvars[carries.index(at)], path)
         return (), at
 
@@ -190,7 +191,7 @@ def _inner(equation: Any) -> Iterator[Any]:
     """The programs that an equation holds, less the test of a while loop, which keeps nothing."""
     for name, value in equation.params.items():
         for item in value if isinstance(value, tuple) else (value,):
-            program = getattr(item, "jaxpr", item)
+            program = opened(item)
             if hasattr(program, "eqns") and name != "cond_jaxpr":
                 yield program
 
@@ -201,7 +202,3 @@ def written(bwd: Any) -> Any:
     while getattr(function, "__module__", None) == "jax._src.interpreters.batching":
         function = inspect.getclosurevars(function).nonlocals["bwd"].f
     return getattr(function, "func", function)
-
-
-def _variable(atom: Any) -> bool:
-    return not isinstance(atom, Literal)
