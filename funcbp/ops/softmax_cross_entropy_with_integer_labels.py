@@ -127,15 +127,15 @@ def bwd(saved, dloss, *, axis):
     logits, labels, where, m, rest = saved
     where = expanded(where, logits, axis)
     hit, _ = _label(logits.shape, labels, axis)
-    z = wide(logits) - m
+    dloss, z = jnp.expand_dims(wide(dloss), axis), wide(logits) - m
     e = jnp.exp(z)
     # p - 1 without the difference where the label's is the largest logit.
     minus_one = jnp.where(z == 0, -rest, e - (1 + rest))
-    slope = jnp.where(hit, minus_one, e) / (1 + rest)
+    dlogits = dloss / (1 + rest) * jnp.where(hit, minus_one, e)
     if where is not None:
         some = jnp.any(where, axis, keepdims=True)
-        slope = jnp.where(where, slope, jnp.where(hit & some, -1, 0))
-    return jnp.expand_dims(wide(dloss), axis) * slope, None, None
+        dlogits = jnp.where(where, dlogits, jnp.where(hit & some, -dloss, 0))
+    return dlogits, None, None
 
 
 softmax_cross_entropy_with_integer_labels = op(

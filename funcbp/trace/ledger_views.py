@@ -40,9 +40,9 @@ def table(ledger: "Ledger", limit: int) -> Table:
         raise InputError(f"limit must be a whole number from 0 up, got {limit}")
     kept = _kept(ledger)
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    # A terminal is narrow: the end of a long path, and no column that is empty.
+    # A terminal is narrow: the end of a long path will do.
     rows = [_cells(row._replace(layer=_end(row.layer))) for row in kept[:limit]]
-    columns = [i for i, name in enumerate(COLUMNS) if i < 6 or any(row[i] for row in rows)]
+    columns = _columns(rows)
     for name in (COLUMNS[i] for i in columns):
         shown.add_column(name, justify="right" if name == "bytes" else "left", overflow="fold")
     for row in rows:
@@ -167,6 +167,12 @@ def _cells(row: "Row") -> list[str]:
     return [human(row.bytes), kind, row.layer, keeper, row.operation, row.source, shared]
 
 
+def _columns(rows: Sequence[Sequence[str]]) -> list[int]:
+    """The numbers of the columns that are shown: the last only where it says something."""
+    last = len(COLUMNS) - 1
+    return [i for i in range(len(COLUMNS)) if i < last or any(row[i] for row in rows)]
+
+
 def _end(layer: str) -> str:
     names = layer.split("/")
     return layer if len(names) < 3 else ".../" + "/".join(names[-2:])
@@ -207,7 +213,10 @@ def _summed(what: str, sums: dict[str, int]) -> str:
 
 def _listed(rows: Sequence["Row"]) -> str:
     """The largest rows, and the others by layer, in which numbers count as equal."""
-    shown = page.table(COLUMNS, map(_cells, rows[:ROWS]))
+    listed = [_cells(row) for row in rows[:ROWS]]
+    columns = _columns(listed)
+    names = [COLUMNS[i] for i in columns]
+    shown = page.table(names, ([cells[i] for i in columns] for cells in listed))
     rest = rows[ROWS:]
     if not rest:
         return shown
