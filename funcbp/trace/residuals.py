@@ -119,9 +119,9 @@ class _Makers:
         self.numbers = {v: i for i, v in enumerate(program.invars)}
         self.tables: dict[int, dict[Any, tuple[Any, int]]] = {}
 
-    def of(self, variable: Any) -> tuple[tuple[Any, ...], int | None]:
+    def of(self, atom: Any) -> tuple[tuple[Any, ...], int | None]:
         """The maker's path and the number of the argument, one of which is empty or None."""
-        path, at = self._find(self.program, variable, ())
+        path, at = self._find(self.program, atom, ())
         return path, None if path else self.numbers.get(at) if variable(at) else None
 
     def original(self, atom: Any) -> Any:
@@ -138,14 +138,14 @@ class _Makers:
                 return self.original(equation.invars[sub.invars.index(sub.outvars[index])])
         return atom
 
-    def _find(self, jaxpr: Any, variable: Any, path: tuple) -> tuple[tuple, Any]:
+    def _find(self, jaxpr: Any, atom: Any, path: tuple) -> tuple[tuple, Any]:
         """The maker's path, or () and the variable of `jaxpr` that comes from outside it."""
-        made = self._table(jaxpr).get(variable) if variable(variable) else None
+        made = self._table(jaxpr).get(atom) if variable(atom) else None
         if made is None:
-            return (), variable
+            return (), atom
         equation, index = made
         if equation.primitive.name in _HANDED_ON:
-            return self._find(jaxpr, equation.invars[index], path)[0] or (*path, equation), variable
+            return self._find(jaxpr, equation.invars[index], path)[0] or (*path, equation), atom
         found = []
         for sub in _inner(equation):
             if len(sub.outvars) != len(equation.outvars):
@@ -157,7 +157,7 @@ class _Makers:
                 return self._find(jaxpr, equation.invars[sub.invars.index(at)], path)
         # The branch of a cond that does not make a residual fills it with zeros.
         found.sort(key=lambda p: p[-1].primitive.name == "broadcast_in_dim")
-        return (found[0] if found else (*path, equation)), variable
+        return (found[0] if found else (*path, equation)), atom
 
     def _inside(self, equation: Any, sub: Any, index: int, path: tuple) -> tuple[tuple, Any]:
         """The maker of an output within a program; for a carry that of the step before."""
