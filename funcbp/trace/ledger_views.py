@@ -17,6 +17,7 @@ from rich.table import Table
 from funcbp import page
 from funcbp.core import InputError
 from funcbp.trace.origin import human
+from funcbp.trace.pass_views import axes
 
 if TYPE_CHECKING:
     from funcbp.trace.ledger import Ledger, Row
@@ -111,16 +112,8 @@ def fragment(ledger: "Ledger") -> str:
 
 def plot(ledger: "Ledger", ax: Any) -> Any:
     """A bar a layer, stacked."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        raise InputError(
-            "plot needs matplotlib; install the extra, as in pip install 'funcbp[plot]'"
-        ) from None
     bars, rest = _bars(ledger)
-    if ax is None:
-        size = (8, 1.5 + 0.25 * len(bars))
-        ax = pyplot.subplots(figsize=size, layout="constrained")[1]
+    ax = axes(ax, (8, 1.5 + 0.25 * len(bars)))
     names = [name for name, *_ in bars]
     hand = [size for _, size, _ in bars]
     ax.barh(names, hand, label="hand rules")

@@ -188,8 +188,8 @@ def plot_run(passes: Sequence["Pass"], steps: Sequence[int] | None = None, ax: A
     return ax
 
 
-def axes(ax: Any) -> Any:
-    """The axes given, or those of a new figure."""
+def axes(ax: Any, size: tuple[float, float] = (9, 5)) -> Any:
+    """The axes given, or those of a new figure of this size in inches."""
     if ax is not None:
         return ax
     try:
@@ -198,7 +198,7 @@ def axes(ax: Any) -> Any:
         raise InputError(
             "plot needs matplotlib; install the extra, as in pip install 'funcbp[plot]'"
         ) from None
-    return pyplot.subplots(figsize=(9, 5), layout="constrained")[1]
+    return pyplot.subplots(figsize=size, layout="constrained")[1]
 
 
 def _headline(seen: "Pass") -> str:
