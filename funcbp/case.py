@@ -6,6 +6,7 @@ device. `Case.build` draws them:
     Case("odd", (3, 5), (5, 7), axis=-1)        tuples are shapes of standard normals
     Case("ties", values([[1.0, 1.0], [0.0, -0.0]]))
     Case("labels", (4, 10), integers(4, high=10))
+    Case("a function", closing(step, (3, 3)), (5, 3))
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Case", "Draw", "booleans", "integers", "key", "normal", "uniform", "values"]
+__all__ = ["Case", "Draw", "booleans", "closing", "integers", "key", "normal", "uniform", "values"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,19 @@ def key(seed: int = 0) -> Draw:
     return Draw("key", (), seed)
 
 
+@dataclasses.dataclass(frozen=True)
+class Closing:
+    """A function that closes over arrays which are drawn."""
+
+    function: Any
+    args: tuple[Any, ...]
+
+
+def closing(function: Any, *args: Any) -> Closing:
+    """The function with arrays drawn for its first arguments, as in `functools.partial`."""
+    return Closing(function, args)
+
+
 def values(data: Any) -> Draw:
     """These very values; floats take the case's dtype, integers and booleans keep theirs."""
     return Draw("values", np.shape(data), data=data)
@@ -112,6 +126,8 @@ class Case:
         def drawn(spec: Any) -> Any:
             if isinstance(spec, Draw):
                 return spec.sample(rng, dtype)
+            if isinstance(spec, Closing):
+                return jax.tree_util.Partial(spec.function, *map(positional, spec.args))
             if isinstance(spec, list):
                 return [positional(item) for item in spec]
             if isinstance(spec, dict):

@@ -4,6 +4,7 @@
 
 - array arguments anywhere in the signature, pytrees, None, integers, booleans and PRNG keys;
   settings are static;
+- arguments that are functions, differentiated with respect to the arrays that they close over;
 - every cotangent leaves in its primal's dtype, and with its primal's sharding;
 - the rule is legal inside `shard_map(check_vma=True)` and on meshes with Explicit axes;
 - `with autodiff():` runs `plain` instead, under JAX's own differentiation;
@@ -15,7 +16,7 @@ import contextvars
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from funcbp.case import Case
+from funcbp.closed import Closed
 
 __all__ = ["Call", "Case", "InputError", "Op", "autodiff", "op", "recorded"]
 
@@ -87,6 +89,7 @@ def op(
     like: Callable | None = None,
     cases: Sequence[Case] = (),
     arrays: Sequence[str] | None = None,
+    functions: Mapping[str, Callable] | None = None,
     check: Callable | None = None,
     surrogate_of: Callable | None = None,
     name: str | None = None,
@@ -103,6 +106,10 @@ def op(
       cases: inputs for test, audit and bench.
       arrays: names of the array arguments. By default: the parameters annotated with an array
         type, and those without annotation that are not keyword-only.
+      functions: arguments that are functions of arrays, by name, each with a function of the op's
+        arguments that gives a tuple of examples of what it will be called with. fwd gets them as
+        `Closed`, a pytree of the arrays that the function closes over; bwd returns a cotangent of
+        that structure for them, in the order of the signature. On Explicit axes plain runs instead.
       check: same arguments; raises `InputError` on bad shapes before anything runs.
       surrogate_of: the function whose value the op has and whose derivative its gradient is not,
         on purpose; `plain` is then differentiable JAX that has the gradient which is meant.
@@ -121,6 +128,7 @@ def op(
         like=like,
         cases=cases,
         arrays=arrays,
+        functions=functions,
         check=check,
         surrogate_of=surrogate_of,
         name=name,
@@ -141,6 +149,7 @@ class Op:
         arrays: Sequence[str] | None,
         check: Callable | None,
         name: str | None,
+        functions: Mapping[str, Callable] | None = None,
         surrogate_of: Callable | None = None,
     ):
         self.declared_surrogate = surrogate_of is not None
@@ -153,8 +162,10 @@ class Op:
         self.__module__ = plain.__module__
         self.__signature__ = signature = inspect.signature(plain)
         hints = typing.get_type_hints(plain)
-        self.arrays = _array_names(signature, hints) if arrays is None else tuple(arrays)
-        unknown = set(self.arrays) - set(signature.parameters)
+        self.functions = dict(functions or {})
+        declared = _array_names(signature, hints) if arrays is None else arrays
+        self.arrays = tuple(n for n in signature.parameters if n in {*declared, *self.functions})
+        unknown = {*declared, *self.functions} - set(signature.parameters)
         if unknown:
             raise TypeError(
                 f"op {self.name}: arrays= names {sorted(unknown)}, not parameters of plain"
@@ -173,7 +184,7 @@ class Op:
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         values = bound.arguments
-        arrays = {n: _as_arrays(values[n]) for n in self.arrays}
+        arrays = {n: self._as_arrays(n, values[n]) for n in self.arrays}
         for n in self._floating:
             _require_floating(self.name, n, values[n])
         static = {n: values[n] for n in self.static}
@@ -182,8 +193,11 @@ class Op:
         calls = _calls.get()
         if calls is not None:
             calls.append(Call(self, arrays, static))
-        if _autodiff.value:
+        if _autodiff.value or (self.functions and _on_explicit_mesh(arrays)):
             return self.apply(self.plain, arrays, static)
+        for n, examples in self.functions.items():
+            given = self.apply(examples, arrays, static)
+            arrays[n] = Closed.of(arrays[n], *given)
         # The type is part of the key: 1, 1.0 and True are equal but are different settings.
         key = tuple((n, type(v), v) for n, v in static.items())
         try:
@@ -197,6 +211,15 @@ class Op:
         defaults = {n: self.__signature__.parameters[n].default for n in self.static}
         merged = defaults | static
         return self._rule(tuple((n, type(merged[n]), merged[n]) for n in self.static))
+
+    def _as_arrays(self, name: str, argument: Any) -> Any:
+        if name in self.functions:
+            if not callable(argument):
+                raise InputError(
+                    f"{self.name}: {name} must be a function, got {type(argument).__name__}"
+                )
+            return argument
+        return _as_arrays(argument)
 
     def _unhashable(self, static: dict[str, Any]) -> Exception | None:
         for n, v in static.items():
@@ -467,7 +490,8 @@ def _varying(aval: Any) -> frozenset:
 
 
 def _on_explicit_mesh(arrays: Any) -> bool:
-    return any(jax.typeof(a).sharding.mesh.explicit_axes for a in jax.tree.leaves(arrays))
+    leaves = [a for a in jax.tree.leaves(arrays) if not callable(a)]
+    return any(jax.typeof(a).sharding.mesh.explicit_axes for a in leaves)
 
 
 def _sharding_like(shape: tuple[int, ...], known: Sequence[Any]) -> NamedSharding:
