@@ -371,7 +371,8 @@ class Op:
 
         @jax.custom_jvp
         def twice(saved, dy):
-            return everywhere(pullback(saved, dy))
+            # Varying before the pullback too: a pullback made by jax.vjp sums over devices itself.
+            return everywhere(pullback(*everywhere((saved, dy))))
 
         @twice.defjvp
         def _(primals, tangents):

@@ -1,14 +1,20 @@
 """The declaration: signatures, settings, pytrees, integers, several outputs, errors."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 import funcbp
-from funcbp import InputError, op, ops
+from funcbp import Case, InputError, op, ops
+from funcbp.case import closing
 from funcbp.check import compare
+from funcbp.closed import Closed
 from funcbp.core import recorded
 
 
@@ -169,3 +175,84 @@ def test_second_derivatives_of_a_rule_with_a_loop():
     np.testing.assert_allclose(jax.grad(lambda x: slope(x).sum())(X), 6 * X, rtol=1e-6)
     np.testing.assert_allclose(jax.jvp(slope, (X,), (X,))[1], 6 * X**2, rtol=1e-6)
     np.testing.assert_allclose(jax.jit(jax.hessian(lambda x: cube(x).sum()))(X), np.diag(6 * X))
+
+
+def thrice():
+    """An op of a function, which is called three times."""
+
+    def plain(f: Callable, x: Float[Array, "..."]):
+        return f(f(f(x)))
+
+    def bwd(saved, dy):
+        f, x = saved
+        return jax.vjp(plain, f, x)[1](dy)
+
+    return op(
+        plain,
+        lambda f, x: (plain(f, x), (f, x)),
+        bwd,
+        functions={"f": lambda f, x: (x,)},
+        name="thrice",
+        cases=[Case("odd", closing(wave, (3, 3), ()), (5, 3))],
+    )
+
+
+def wave(w, k, x):
+    return k * jnp.sin(x @ w)
+
+
+def test_a_function_is_an_argument_and_what_it_closes_over_is_differentiated():
+    repeated = thrice()
+    assert repeated.arrays == ("f", "x") and not repeated.static
+    result = compare(repeated, repeated.cases[0])
+    assert result.ok and len(result.rows) == 4, result
+    key, scale = jax.random.key(0), jnp.arange(2)
+
+    def loss(w, x, way):
+        def f(h):  # a key and an integer are closed over as well
+            return wave(w, jax.random.uniform(key) * scale[1], h)
+
+        return jnp.sum(way(f, x) ** 2)
+
+    w, x = jnp.full((2, 3, 3), 0.4) * jnp.arange(1, 3)[:, None, None], jnp.ones((5, 3))
+    for way in (
+        jax.grad(loss, (0, 1)),
+        jax.jit(jax.grad(loss, (0, 1)), static_argnums=2),
+        jax.hessian(loss),
+    ):
+        ours, plain = (
+            jax.vmap(lambda w, f=f, way=way: way(w, x, f))(w) for f in (repeated, repeated.plain)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), ours, plain)
+
+
+def test_functions_on_meshes():
+    repeated, w, x = thrice(), jnp.full((3, 3), 0.4), jnp.ones((4, 3))
+
+    def loss(f, w, x):
+        return jnp.sum(f(lambda h: wave(w, 2.0, h), x) ** 2)
+
+    expected = jax.grad(loss, (1, 2))(repeated.plain, w, x)
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
+    specs = (P(), P("i"))
+    local = jax.shard_map(
+        lambda w, x: jax.lax.psum(loss(repeated, w, x), "i"),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=P(),
+    )
+    manual = jax.grad(local, (0, 1))(w, x)
+    with jax.set_mesh(jax.make_mesh((2,), ("i",), axis_types=(AxisType.Explicit,))):
+        x = jax.sharding.reshard(x, P("i"))
+        explicit = jax.jit(jax.grad(loss, (1, 2)), static_argnums=0)(repeated, w, x)
+        assert jax.typeof(explicit[1]).sharding.spec == P("i", None)
+    for got in (manual, explicit):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5), got, expected)
+
+
+def test_what_is_not_a_function_says_so():
+    with pytest.raises(InputError, match="thrice: f must be a function, got ArrayImpl"):
+        thrice()(X, X)
+    closed = Closed.of(jnp.sin, X)
+    with pytest.raises(TypeError, match="traced on arguments"):
+        closed(X, X)

@@ -8,9 +8,10 @@ PACKAGE = Path(__file__).parent.parent / "funcbp"
 BASE = {"core", "case"}
 ALLOWED = {
     "case": set(),
+    "closed": set(),
     "jaxprs": set(),
-    "core": {"case"},
-    "ops": BASE,
+    "core": {"case", "closed"},
+    "ops": BASE | {"closed", "jaxprs"},
     "layers": BASE | {"ops"},
     "models": BASE | {"ops", "layers"},
     "data": BASE,
