@@ -309,7 +309,7 @@ class Op:
             ]
 
         def fitted(saved, dy):
-            return [_fit(d, a) for d, a in zip(pullback(saved, dy), avals, strict=True)]
+            return _fitted(pullback(saved, dy), avals)
 
         if any(a.sharding.mesh.explicit_axes for a in avals):
             shardings = [a.sharding for a in avals]
@@ -317,9 +317,11 @@ class Op:
             flat = automatic(residuals.saved, dy)
         else:
             leaves = jax.tree.leaves((residuals.saved, dy))
-            if residuals.origins is not None and any(isinstance(x, Tracer) for x in leaves):
-                pullback = self._twice(pullback, residuals, leaves, static)
-            flat = fitted(residuals.saved, dy)
+            traced = any(isinstance(leaf, Tracer) for leaf in leaves)
+            if residuals.origins is not None and traced:
+                flat = self._twice(fitted, residuals, dy, static)
+            else:
+                flat = fitted(residuals.saved, dy)
         rest = iter(flat)
         return tuple(p.rebuilt(rest) for p in primals)
 
@@ -329,7 +331,9 @@ class Op:
         Where JAX differentiates fwd itself, a square root may have a slope of nan at 0, or a loop
         no transpose. The pullback does not need it if it has plain's derivative too: see `_twice`.
         """
-        if _on_explicit_mesh(arrays) or any(not _inexact(leaf) for leaf in jax.tree.leaves(y)):
+        leaves, tree = jax.tree.flatten(y)
+        places = [i for i, leaf in enumerate(leaves) if _inexact(leaf)]
+        if _on_explicit_mesh(arrays) or not places:
             return y
 
         @jax.custom_jvp
@@ -340,43 +344,49 @@ class Op:
         def _(primals, tangents):
             y, *arrays = primals
             plain = functools.partial(self._plain, static=static)
-            tangent = jax.jvp(plain, tuple(arrays), tuple(tangents[1:]))[1]
-            return y, jax.tree.map(lambda d, y: _vary(d, _varying(jax.typeof(y))), tangent, y)
+            tangent = jax.tree.leaves(jax.jvp(plain, tuple(arrays), tuple(tangents[1:]))[1])
+            return y, [
+                _vary(tangent[i], _varying(jax.typeof(y))) for i, y in zip(places, y, strict=True)
+            ]
 
         setattr(value, "unaudited", True)  # noqa: B010 (it is the identity)
-        return value(jax.lax.stop_gradient(y), *arrays)
+        found = value([jax.lax.stop_gradient(leaves[i]) for i in places], *arrays)
+        for i, leaf in zip(places, found, strict=True):
+            leaves[i] = leaf
+        return jax.tree.unflatten(tree, leaves)
 
     def _plain(self, *arrays: Any, static: dict[str, Any]) -> Any:
         return self.apply(self.plain, self._named(arrays), static)
 
     def _twice(
-        self, pullback: Callable, residuals: "_Residuals", leaves: list, static: dict[str, Any]
-    ) -> Callable:
-        """`pullback`, whose own derivative is that of plain's pullback.
+        self, pullback: Callable, residuals: "_Residuals", dy: Any, static: dict[str, Any]
+    ) -> list[jax.Array]:
+        """What `pullback` gives, whose own derivative is that of plain's pullback.
 
         A rule made for the first derivative may lose digits in the second, or hold a loop that
         reverse mode cannot transpose. Where it saved its arguments, plain's derivative is at hand.
         """
-        if any(leaf.dtype == jax.dtypes.float0 for leaf in leaves):
-            return pullback  # an output without derivative: custom_jvp takes no float0
-        axes = frozenset().union(*(_varying(jax.typeof(leaf)) for leaf in leaves))
+        avals = [a for p in residuals.primals for a in p.floating()]
+        # An output without derivative has a float0, which custom_jvp does not take.
+        given, tree = jax.tree.flatten(dy)
+        zeros = [d if d.dtype == jax.dtypes.float0 else None for d in given]
 
-        def everywhere(tree):
-            return jax.tree.map(lambda leaf: _vary(leaf, axes), tree)
+        def whole(dy):
+            rest = iter(dy)
+            return jax.tree.unflatten(tree, [next(rest) if z is None else z for z in zeros])
 
         def reference(arrays, dy):
             plain = functools.partial(self._plain, static=static)
-            cotangents = jax.vjp(plain, *arrays)[1](dy)
-            return [d for d in jax.tree.leaves(cotangents) if d.dtype != jax.dtypes.float0]
+            cotangents = jax.tree.leaves(jax.vjp(plain, *arrays)[1](whole(dy)))
+            return _fitted([d for d in cotangents if d.dtype != jax.dtypes.float0], avals)
 
         @jax.custom_jvp
         def twice(saved, dy):
-            # Varying before the pullback too: a pullback made by jax.vjp sums over devices itself.
-            return everywhere(pullback(*everywhere((saved, dy))))
+            return pullback(saved, whole(dy))
 
         @twice.defjvp
         def _(primals, tangents):
-            (saved, dy), (dsaved, ddy) = everywhere(primals), everywhere(tangents)
+            (saved, dy), (dsaved, ddy) = primals, tangents
             return twice(*primals), jax.jvp(
                 reference,
                 (residuals.arguments(saved), dy),
@@ -384,7 +394,7 @@ class Op:
             )[1]
 
         setattr(twice, "unaudited", True)  # noqa: B010 (what it compares with is the truth)
-        return twice
+        return twice(residuals.saved, [d for d, z in zip(given, zeros, strict=True) if z is None])
 
 
 @jax.tree_util.register_pytree_node_class
@@ -465,6 +475,10 @@ def _typed(cotangent: Any, aval: Any, what: str) -> jax.Array:
     if cotangent.shape != aval.shape:
         raise TypeError(f"{what} must have its primal's shape {aval.shape}, got {cotangent.shape}")
     return cotangent.astype(aval.dtype)
+
+
+def _fitted(cotangents: list, avals: list) -> list:
+    return [_fit(d, a) for d, a in zip(cotangents, avals, strict=True)]
 
 
 def _fit(cotangent: jax.Array, aval: Any) -> jax.Array:

@@ -177,6 +177,20 @@ def test_second_derivatives_of_a_rule_with_a_loop():
     np.testing.assert_allclose(jax.jit(jax.hessian(lambda x: cube(x).sum()))(X), np.diag(6 * X))
 
 
+def test_second_derivatives_beside_an_integer_output():
+    """As above, where the op has a result without a derivative."""
+
+    def plain(x: Float[Array, " n"]):
+        return x**3, jnp.argmax(x)
+
+    def bwd(x, dys):
+        return (jax.lax.while_loop(lambda d: d[0] < 0, lambda d: d, 3 * dys[0] * x**2),)
+
+    cube = op(plain, lambda x: (plain(x), x), bwd, name="cube")
+    assert compare(cube, X).ok
+    np.testing.assert_allclose(jax.jit(jax.hessian(lambda x: cube(x)[0].sum()))(X), np.diag(6 * X))
+
+
 def thrice():
     """An op of a function, which is called three times."""
 
