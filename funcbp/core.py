@@ -91,6 +91,7 @@ def op(
     arrays: Sequence[str] | None = None,
     functions: Mapping[str, Callable] | None = None,
     check: Callable | None = None,
+    resolve: Callable | None = None,
     surrogate_of: Callable | None = None,
     name: str | None = None,
 ) -> "Op":
@@ -111,6 +112,8 @@ def op(
         `Closed`, a pytree of the arrays that the function closes over; bwd returns a cotangent of
         that structure for them, in the order of the signature. On Explicit axes plain runs instead.
       check: same arguments; raises `InputError` on bad shapes before anything runs.
+      resolve: same arguments; returns the settings that follow from the values of arrays, by name,
+        while these values are still at hand: inside the rule every array is traced.
       surrogate_of: the function whose value the op has and whose derivative its gradient is not,
         on purpose; `plain` is then differentiable JAX that has the gradient which is meant.
       name: the op's name; by default that of `like`, else of `plain`'s module.
@@ -130,6 +133,7 @@ def op(
         arrays=arrays,
         functions=functions,
         check=check,
+        resolve=resolve,
         surrogate_of=surrogate_of,
         name=name,
     )
@@ -150,11 +154,13 @@ class Op:
         check: Callable | None,
         name: str | None,
         functions: Mapping[str, Callable] | None = None,
+        resolve: Callable | None = None,
         surrogate_of: Callable | None = None,
     ):
         self.declared_surrogate = surrogate_of is not None
         self.function = surrogate_of or plain
-        self.plain, self.fwd, self.bwd, self.like, self.check = plain, fwd, bwd, like, check
+        self.plain, self.fwd, self.bwd, self.like = plain, fwd, bwd, like
+        self.check, self.resolve = check, resolve
         self.cases = tuple(cases)
         self.name = name or (like.__name__ if like else plain.__module__.rpartition(".")[2])
         self.__name__ = self.__qualname__ = self.name
@@ -190,6 +196,8 @@ class Op:
         static = {n: values[n] for n in self.static}
         if self.check is not None:
             self.apply(self.check, arrays, static)
+        if self.resolve is not None:
+            static |= self.apply(self.resolve, arrays, static)
         calls = _calls.get()
         if calls is not None:
             calls.append(Call(self, arrays, static))

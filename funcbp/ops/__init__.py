@@ -1,5 +1,7 @@
 """Functions with hand-written reverse rules, one op a file."""
 
+from funcbp.ops.alibi_bias import alibi_bias as alibi_bias
+from funcbp.ops.alibi_bias import alibi_slopes as alibi_slopes
 from funcbp.ops.avg_pool import avg_pool as avg_pool
 from funcbp.ops.batch_norm import batch_norm as batch_norm
 from funcbp.ops.batch_norm import batch_norm_inference as batch_norm_inference
@@ -25,6 +27,8 @@ from funcbp.ops.embedding import unembedding as unembedding
 from funcbp.ops.gated import geglu as geglu
 from funcbp.ops.gated import glu as glu
 from funcbp.ops.gated import swiglu as swiglu
+from funcbp.ops.gather import gather as gather
+from funcbp.ops.gather import scatter_add as scatter_add
 from funcbp.ops.global_avg_pool import global_avg_pool as global_avg_pool
 from funcbp.ops.global_max_pool import global_max_pool as global_max_pool
 from funcbp.ops.group_norm import group_norm as group_norm
@@ -60,6 +64,11 @@ from funcbp.ops.prelu import prelu as prelu
 from funcbp.ops.ragged_dot import ragged_dot as ragged_dot
 from funcbp.ops.resize import resize as resize
 from funcbp.ops.rms_norm import rms_norm as rms_norm
+from funcbp.ops.rotary import rotary as rotary
+from funcbp.ops.segment_max import segment_max as segment_max
+from funcbp.ops.segment_softmax import segment_softmax as segment_softmax
+from funcbp.ops.segment_sum import segment_mean as segment_mean
+from funcbp.ops.segment_sum import segment_sum as segment_sum
 from funcbp.ops.shaping import clip_gradient as clip_gradient
 from funcbp.ops.shaping import reverse_gradient as reverse_gradient
 from funcbp.ops.shaping import scale_gradient as scale_gradient
