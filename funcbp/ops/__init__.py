@@ -43,6 +43,7 @@ from funcbp.ops.logcumsumexp import logcumsumexp as logcumsumexp
 from funcbp.ops.logsumexp import logsumexp as logsumexp
 from funcbp.ops.lora_linear import lora_linear as lora_linear
 from funcbp.ops.max_pool import max_pool as max_pool
+from funcbp.ops.mixture_of_experts import mixture_of_experts as mixture_of_experts
 from funcbp.ops.norm import l2_normalize as l2_normalize
 from funcbp.ops.norm import norm as norm
 from funcbp.ops.norm import sqrt as sqrt
@@ -65,6 +66,8 @@ from funcbp.ops.ragged_dot import ragged_dot as ragged_dot
 from funcbp.ops.resize import resize as resize
 from funcbp.ops.rms_norm import rms_norm as rms_norm
 from funcbp.ops.rotary import rotary as rotary
+from funcbp.ops.routing import routing_weights as routing_weights
+from funcbp.ops.routing import top_k_routing as top_k_routing
 from funcbp.ops.segment_max import segment_max as segment_max
 from funcbp.ops.segment_softmax import segment_softmax as segment_softmax
 from funcbp.ops.segment_sum import segment_mean as segment_mean

@@ -42,9 +42,13 @@ def per_row(
     per_segment: Array, segment_ids: Array, mode=None, indices_are_sorted=False, fill: float = 0
 ) -> Array:
     """The row of its segment for each id; `fill` where there is no such segment."""
-    return per_segment.at[segment_ids].get(
-        mode="fill" if mode is None else mode,
-        fill_value=fill,
-        indices_are_sorted=indices_are_sorted,
-        wrap_negative_indices=False,
+    return (
+        jnp.asarray(per_segment)
+        .at[segment_ids]
+        .get(
+            mode="fill" if mode is None else mode,
+            fill_value=fill,
+            indices_are_sorted=indices_are_sorted,
+            wrap_negative_indices=False,
+        )
     )

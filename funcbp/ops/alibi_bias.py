@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from funcbp.case import Case
 from funcbp.core import InputError, op
-from funcbp.ops._numeric import wide
+from funcbp.ops._numeric import contracted, wide
 
 
 def plain(
@@ -62,8 +62,8 @@ def fwd(slopes, *, query_length, key_length):
 
 
 def bwd(slopes, dy, *, query_length, key_length):
-    distance = _distance(query_length, key_length)
-    return (-jnp.sum(wide(dy) * distance, axis=(1, 2)),)
+    distance = _distance(query_length, key_length).astype(dy.dtype)
+    return (-contracted("hts,ts->h", dy, distance),)
 
 
 def alibi_slopes(heads: int) -> Float[Array, " heads"]:

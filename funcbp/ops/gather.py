@@ -25,7 +25,7 @@ from funcbp.ops._windows import shape_only
 
 
 def _place(x: Array, indices: Array, axis: int):
-    return x.at[(slice(None),) * axis + (indices,)]
+    return jnp.asarray(x).at[(slice(None),) * axis + (indices,)]
 
 
 def _require_integers(indices):
@@ -121,7 +121,7 @@ def plain_scatter_add(
       InputError: the shapes do not fit, or indices are no integers.
     """
     updates = updates.astype(x.dtype)
-    return x.at[indices].add(updates, mode="drop", indices_are_sorted=indices_are_sorted)
+    return _place(x, indices, 0).add(updates, mode="drop", indices_are_sorted=indices_are_sorted)
 
 
 def check_scatter_add(x, indices, updates, *, indices_are_sorted):
@@ -135,7 +135,7 @@ def check_scatter_add(x, indices, updates, *, indices_are_sorted):
 
 
 def fwd_scatter_add(x, indices, updates, *, indices_are_sorted):
-    y = wide(x).at[indices].add(wide(updates), mode="drop", indices_are_sorted=indices_are_sorted)
+    y = plain_scatter_add(wide(x), indices, wide(updates), indices_are_sorted=indices_are_sorted)
     return y.astype(x.dtype), indices
 
 

@@ -65,7 +65,7 @@ def check(lhs, rhs, group_sizes):
         )
 
 
-def _over_blocks(m: int, group_sizes: Array, step: Any, init: Any) -> Any:
+def over_blocks(m: int, group_sizes: Array, step: Any, init: Any) -> Any:
     """`step(g, start, rows, state)` for each block: `rows` says which of its rows are group g's."""
     size = min(BLOCK, max(m, 1))
     blocks = -(-group_sizes // size)
@@ -84,7 +84,7 @@ def _over_blocks(m: int, group_sizes: Array, step: Any, init: Any) -> Any:
     return lax.fori_loop(0, last_block[-1], one, init)
 
 
-def _block(x, start):
+def block(x, start):
     return lax.dynamic_slice_in_dim(x, start, min(BLOCK, len(x)))
 
 
@@ -92,12 +92,12 @@ def _times(x: Array, w: Array, group_sizes: Array) -> Array:
     """y, in float32 or wider."""
 
     def step(g, start, rows, y):
-        part = product(_block(x, start), lax.dynamic_index_in_dim(w, g, keepdims=False))
-        part = jnp.where(rows, part, _block(y, start))
+        part = product(block(x, start), lax.dynamic_index_in_dim(w, g, keepdims=False))
+        part = jnp.where(rows, part, block(y, start))
         return lax.dynamic_update_slice_in_dim(y, part, start, 0)
 
     zeros = loop_zeros((len(x), w.shape[2]), (x, w, group_sizes))
-    return _over_blocks(len(x), group_sizes, step, zeros)
+    return over_blocks(len(x), group_sizes, step, zeros)
 
 
 def fwd(lhs, rhs, group_sizes):
@@ -109,12 +109,12 @@ def bwd(saved, dy):
     x, w, group_sizes = saved
 
     def step(g, start, rows, dw):
-        part = product(_block(x, start).T, jnp.where(rows, _block(dy, start), 0))
+        part = product(block(x, start).T, jnp.where(rows, block(dy, start), 0))
         part += lax.dynamic_index_in_dim(dw, g, keepdims=False)
         return lax.dynamic_update_index_in_dim(dw, part, g, 0)
 
     zeros = loop_zeros(w.shape, (x, w, group_sizes, dy))
-    dw = _over_blocks(len(x), group_sizes, step, zeros)
+    dw = over_blocks(len(x), group_sizes, step, zeros)
     return _times(dy, jnp.swapaxes(w, 1, 2), group_sizes), dw, None
 
 

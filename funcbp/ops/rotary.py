@@ -45,7 +45,7 @@ def plain(
       InputError: d is odd, or positions do not fit.
     """
     angle = positions[..., None, None] * _frequencies(x, base).astype(wide(x).dtype)
-    return _turned(x, angle)
+    return _turned(x, jnp.cos(angle), jnp.sin(angle))
 
 
 def _frequencies(x, base):
@@ -54,9 +54,8 @@ def _frequencies(x, base):
     return np.power(float(base), -np.arange(n) / max(n, 1))
 
 
-def _turned(x, angle):
+def _turned(x, cos, sin):
     a, b = jnp.split(wide(x), 2, axis=-1)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
@@ -78,26 +77,37 @@ def check(x, positions, *, base):
         )
 
 
-def _angle(x, positions, base):
-    """[..., t, 1, d / 2]: the angle, less whole turns."""
+def _rotation(x, positions, base):
+    """(cos t, sin t), both [..., t, 1, d / 2]."""
     frequencies = _frequencies(x, base)
     p = positions[..., None, None]
     angle = p * frequencies.astype(wide(x).dtype)
-    if angle.dtype != jnp.float32:
-        return angle
-    turn = 2**32 / (2 * np.pi)
-    parts = p.astype(jnp.uint32) * np.round(frequencies * turn).astype(np.uint32)
-    left = lax.bitcast_convert_type(parts, jnp.int32).astype(jnp.float32) * np.float32(1 / turn)
-    # A small angle is more exact as it is.
-    return jnp.where(jnp.abs(angle) < 2**-6, angle, left)
+    if angle.dtype == jnp.float32:
+        turn = 2**32 / (2 * np.pi)
+        parts = p.astype(jnp.uint32) * np.round(frequencies * turn).astype(np.uint32)
+        left = lax.bitcast_convert_type(parts, jnp.int32).astype(jnp.float32)
+        # A small angle is more exact as it is.
+        angle = jnp.where(jnp.abs(angle) < 2**-6, angle, left * np.float32(1 / turn))
+    # XLA on CPU would take them again for every head, but not past the end of a branch.
+    return lax.platform_dependent(angle, cpu=_apart, default=_cos_sin)
+
+
+def _cos_sin(angle):
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _apart(angle):
+    zero = 0 * angle
+    return lax.cond(jnp.any(angle != 0), _cos_sin, lambda _: (zero + 1, zero), angle)
 
 
 def fwd(x, positions, *, base):
-    return _turned(x, _angle(x, positions, base)), positions
+    return _turned(x, *_rotation(x, positions, base)), positions
 
 
 def bwd(positions, dy, *, base):
-    return _turned(dy, -_angle(dy, positions, base)), None
+    cos, sin = _rotation(dy, positions, base)
+    return _turned(dy, cos, -sin), None
 
 
 rotary = op(
