@@ -32,6 +32,7 @@ from funcbp.ops.gather import scatter_add as scatter_add
 from funcbp.ops.global_avg_pool import global_avg_pool as global_avg_pool
 from funcbp.ops.global_max_pool import global_max_pool as global_max_pool
 from funcbp.ops.group_norm import group_norm as group_norm
+from funcbp.ops.gru import gru as gru
 from funcbp.ops.info_nce import info_nce as info_nce
 from funcbp.ops.instance_norm import instance_norm as instance_norm
 from funcbp.ops.kl_divergence import kl_divergence as kl_divergence
@@ -42,6 +43,7 @@ from funcbp.ops.log_softmax import log_softmax as log_softmax
 from funcbp.ops.logcumsumexp import logcumsumexp as logcumsumexp
 from funcbp.ops.logsumexp import logsumexp as logsumexp
 from funcbp.ops.lora_linear import lora_linear as lora_linear
+from funcbp.ops.lstm import lstm as lstm
 from funcbp.ops.max_pool import max_pool as max_pool
 from funcbp.ops.mixture_of_experts import mixture_of_experts as mixture_of_experts
 from funcbp.ops.norm import l2_normalize as l2_normalize
@@ -63,6 +65,7 @@ from funcbp.ops.pointwise import tanh as tanh
 from funcbp.ops.poly_loss_cross_entropy import poly_loss_cross_entropy as poly_loss_cross_entropy
 from funcbp.ops.prelu import prelu as prelu
 from funcbp.ops.ragged_dot import ragged_dot as ragged_dot
+from funcbp.ops.recurrent import recurrent as recurrent
 from funcbp.ops.resize import resize as resize
 from funcbp.ops.rms_norm import rms_norm as rms_norm
 from funcbp.ops.rotary import rotary as rotary
@@ -72,6 +75,7 @@ from funcbp.ops.segment_max import segment_max as segment_max
 from funcbp.ops.segment_softmax import segment_softmax as segment_softmax
 from funcbp.ops.segment_sum import segment_mean as segment_mean
 from funcbp.ops.segment_sum import segment_sum as segment_sum
+from funcbp.ops.rnn import rnn as rnn
 from funcbp.ops.shaping import clip_gradient as clip_gradient
 from funcbp.ops.shaping import reverse_gradient as reverse_gradient
 from funcbp.ops.shaping import scale_gradient as scale_gradient
