@@ -65,8 +65,10 @@ class Saved(NamedTuple):
 
 def initial(layer: Layer, time_major: bool, parts: int) -> tuple[Array, ...]:
     """The state, of so many parts, that `plain` starts with."""
-    # It must have the type that a step gives, sharding included: that of one step of x times w.
-    like = jnp.sum(layer.x, 0 if time_major else 1) @ layer.w[:, : layer.u.shape[0]]
+    # It must have the type that a step gives, sharding included.
+    hidden = layer.u.shape[0]
+    like = jnp.sum(layer.x, 0 if time_major else 1) @ layer.w[:, :hidden]
+    like += jnp.sum(layer.u[:, :hidden], 0)
     zeros = (jnp.zeros_like(like) + loop_zeros((), layer)).astype(layer.dtype)
     if layer.state is None:
         return (zeros,) * parts

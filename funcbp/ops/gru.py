@@ -139,6 +139,7 @@ gru = op(
             time_major=True,
             reverse=True,
             remat_every=3,
+            transformed=False,
         ),
         Case("no step", (2, 0, 3), (3, 3), (1, 3), dtypes=("float32",), transformed=False),
         Case(

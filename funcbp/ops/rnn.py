@@ -133,6 +133,7 @@ rnn = op(
             time_major=True,
             reverse=True,
             dtypes=("float32",),
+            transformed=False,
         ),
         Case("chunks", (120, 5, 2), (2, 2), (2, 2), dtypes=("float32",), transformed=False),
         Case("no step", (2, 0, 3), (3, 1), (1, 1), dtypes=("float32",), transformed=False),
