@@ -10,6 +10,9 @@ from funcbp.ops.conv import conv as conv
 from funcbp.ops.conv_transpose import conv_transpose as conv_transpose
 from funcbp.ops.cosine_distance import cosine_distance as cosine_distance
 from funcbp.ops.cross_entropy import cross_entropy as cross_entropy
+from funcbp.ops.cumulative import cummax as cummax
+from funcbp.ops.cumulative import cumprod as cumprod
+from funcbp.ops.cumulative import cumsum as cumsum
 from funcbp.ops.dense import dense as dense
 from funcbp.ops.depthwise_conv import depthwise_conv as depthwise_conv
 from funcbp.ops.dropout import dropout as dropout
@@ -29,6 +32,7 @@ from funcbp.ops.gated import glu as glu
 from funcbp.ops.gated import swiglu as swiglu
 from funcbp.ops.gather import gather as gather
 from funcbp.ops.gather import scatter_add as scatter_add
+from funcbp.ops.gated_linear_attention import gated_linear_attention as gated_linear_attention
 from funcbp.ops.global_avg_pool import global_avg_pool as global_avg_pool
 from funcbp.ops.global_max_pool import global_max_pool as global_max_pool
 from funcbp.ops.group_norm import group_norm as group_norm
@@ -39,6 +43,7 @@ from funcbp.ops.kl_divergence import kl_divergence as kl_divergence
 from funcbp.ops.layer_norm import layer_norm as layer_norm
 from funcbp.ops.linear import linear as linear
 from funcbp.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from funcbp.ops.linear_recurrence import linear_recurrence as linear_recurrence
 from funcbp.ops.log_softmax import log_softmax as log_softmax
 from funcbp.ops.logcumsumexp import logcumsumexp as logcumsumexp
 from funcbp.ops.logsumexp import logsumexp as logsumexp
@@ -76,6 +81,7 @@ from funcbp.ops.segment_softmax import segment_softmax as segment_softmax
 from funcbp.ops.segment_sum import segment_mean as segment_mean
 from funcbp.ops.segment_sum import segment_sum as segment_sum
 from funcbp.ops.rnn import rnn as rnn
+from funcbp.ops.selective_scan import selective_scan as selective_scan
 from funcbp.ops.shaping import clip_gradient as clip_gradient
 from funcbp.ops.shaping import reverse_gradient as reverse_gradient
 from funcbp.ops.shaping import scale_gradient as scale_gradient
