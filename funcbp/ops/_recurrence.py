@@ -58,18 +58,27 @@ def along(step: Callable, init: Array, like: Any, axis: int, reverse: bool, with
     return lax.fori_loop(0, size, one, (init + zero, y))[1]
 
 
-def by_platform(sequential: Callable, tree: Callable, like: Any, axis: int, *args: Any) -> Any:
-    """`sequential(*args)` on CPU where the rows of `like` are worth it, else `tree(*args)`."""
+def by_platform(sequential: Callable, tree: Callable, like: Any, axis: int, *args: Any) -> Array:
+    """`sequential(axis, *args)` on CPU if the rows of `like` are worth it, else `tree(*args)`."""
+    last = like.ndim - 1
+
+    def loop(*args):
+        if not axis == last > 0:
+            return sequential(axis, *args)
+        # Rows of the last axis are scattered over memory.
+        moved = [jnp.moveaxis(x, -1, 0) if x.ndim > last else x for x in args]
+        return jnp.moveaxis(sequential(0, *moved), 0, -1)
+
     if math.prod(row_shape(like, axis)) < ROW:
         return tree(*args)
-    return lax.platform_dependent(*args, cpu=sequential, default=tree)
+    return lax.platform_dependent(*args, cpu=loop, default=tree)
 
 
 def running(combine: Callable, tree: Callable, x: Array, axis: int, reverse: bool) -> Array:
     """y_t = combine(y_(t-1), x_t), in x's dtype; `tree(x, axis, reverse)` is the other way."""
     first = x.shape[axis] - 1 if reverse else 0
 
-    def sequential(x):
+    def sequential(axis, x):
         def step(t, y):
             row = wide(at(x, t, axis))
             y = jnp.where(t == first, row, combine(y, row))
@@ -86,12 +95,13 @@ def running(combine: Callable, tree: Callable, x: Array, axis: int, reverse: boo
 def states(a: Array, b: Array, h0: Array, like: Any, axis: int, reverse: bool) -> Array:
     """h_t = a_t h_(t-1) + b_t, in the dtype of `like`."""
 
-    def sequential(a, b, h0):
+    def sequential(axis, a, b, h0):
         def step(t, h):
             h = wide(at(a, t, axis)) * h + wide(at(b, t, axis))
             return h, h
 
-        return along(step, wide(h0), like, axis, reverse, (a, b))
+        h = jax.ShapeDtypeStruct(b.shape, like.dtype)  # time may be another axis than in like
+        return along(step, wide(h0), h, axis, reverse, (a, b))
 
     def tree(a, b, h0):
         factor, h = _tree(wide(a), wide(b), axis, reverse)
@@ -106,7 +116,7 @@ def pulled(a: Array, dh: Array, axis: int, reverse: bool) -> Array:
     a may be a mask: then 0 times an infinite g is 0.
     """
 
-    def sequential(a, dh):
+    def sequential(axis, a, dh):
         def step(t, carried):
             g, factor = wide(at(dh, t, axis)) + carried, at(a, t, axis)
             carried = jnp.where(factor, g, 0) if a.dtype == bool else wide(factor) * g

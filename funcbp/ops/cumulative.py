@@ -14,7 +14,7 @@ gradient that it should.
 
 Saves: cumsum nothing; cumprod x, an argument, and y, the result; cummax x, and a
        byte for each number: whether it is new.
-Edge:  of equal maxima the first gets all of the cotangent, as with argmax. From a nan on all is
+Edge:  of equal maxima the first that is met gets all of the cotangent. From a nan on all is
        nan; in cummax the nan gets the cotangents of all that.
 Dtype: runs in float32 or wider, returns operand's dtype.
 Ref:   Blelloch, 1990, section 1.
