@@ -9,10 +9,13 @@ from funcbp.ops.bilinear import bilinear as bilinear
 from funcbp.ops.conv import conv as conv
 from funcbp.ops.conv_transpose import conv_transpose as conv_transpose
 from funcbp.ops.cosine_distance import cosine_distance as cosine_distance
+from funcbp.ops.crf import crf_log_likelihood as crf_log_likelihood
+from funcbp.ops.crf import crf_marginals as crf_marginals
 from funcbp.ops.cross_entropy import cross_entropy as cross_entropy
 from funcbp.ops.cumulative import cummax as cummax
 from funcbp.ops.cumulative import cumprod as cumprod
 from funcbp.ops.cumulative import cumsum as cumsum
+from funcbp.ops.ctc_loss import ctc_loss as ctc_loss
 from funcbp.ops.dense import dense as dense
 from funcbp.ops.depthwise_conv import depthwise_conv as depthwise_conv
 from funcbp.ops.dropout import dropout as dropout
@@ -99,4 +102,5 @@ from funcbp.ops.softplus import mish as mish
 from funcbp.ops.softplus import soft_sign as soft_sign
 from funcbp.ops.softplus import softplus as softplus
 from funcbp.ops.softplus import squareplus as squareplus
+from funcbp.ops.viterbi import viterbi as viterbi
 from funcbp.ops.weight_norm import weight_norm as weight_norm
