@@ -147,7 +147,8 @@ def test_explicit_mesh(op):
                 try:
                     jax.eval_shape(plain, *arguments)
                 except Exception as error:
-                    assert type(error).__name__ == "ShardingTypeError", error
+                    said = "sharded the same" in str(error)  # what vmap says
+                    assert said or type(error).__name__ == "ShardingTypeError", error
                     continue
                 rule = on_mesh(op, drawn.layout(), specs)
                 compare(rule, drawn, reference=plain, cotangents=False).raise_if_wrong()

@@ -6,6 +6,7 @@ from funcbp.ops.avg_pool import avg_pool as avg_pool
 from funcbp.ops.batch_norm import batch_norm as batch_norm
 from funcbp.ops.batch_norm import batch_norm_inference as batch_norm_inference
 from funcbp.ops.bilinear import bilinear as bilinear
+from funcbp.ops.cholesky import cholesky as cholesky
 from funcbp.ops.conv import conv as conv
 from funcbp.ops.conv_transpose import conv_transpose as conv_transpose
 from funcbp.ops.cosine_distance import cosine_distance as cosine_distance
@@ -19,6 +20,7 @@ from funcbp.ops.ctc_loss import ctc_loss as ctc_loss
 from funcbp.ops.dense import dense as dense
 from funcbp.ops.depthwise_conv import depthwise_conv as depthwise_conv
 from funcbp.ops.dropout import dropout as dropout
+from funcbp.ops.eigh import eigh as eigh
 from funcbp.ops.einsum import einsum as einsum
 from funcbp.ops.elementwise_losses import hinge_loss as hinge_loss
 from funcbp.ops.elementwise_losses import huber_loss as huber_loss
@@ -42,6 +44,7 @@ from funcbp.ops.group_norm import group_norm as group_norm
 from funcbp.ops.gru import gru as gru
 from funcbp.ops.info_nce import info_nce as info_nce
 from funcbp.ops.instance_norm import instance_norm as instance_norm
+from funcbp.ops.inv import inv as inv
 from funcbp.ops.kl_divergence import kl_divergence as kl_divergence
 from funcbp.ops.layer_norm import layer_norm as layer_norm
 from funcbp.ops.linear import linear as linear
@@ -49,6 +52,7 @@ from funcbp.ops.linear_cross_entropy import linear_cross_entropy as linear_cross
 from funcbp.ops.linear_recurrence import linear_recurrence as linear_recurrence
 from funcbp.ops.log_softmax import log_softmax as log_softmax
 from funcbp.ops.logcumsumexp import logcumsumexp as logcumsumexp
+from funcbp.ops.logdet import logdet as logdet
 from funcbp.ops.logsumexp import logsumexp as logsumexp
 from funcbp.ops.lora_linear import lora_linear as lora_linear
 from funcbp.ops.lstm import lstm as lstm
@@ -103,4 +107,5 @@ from funcbp.ops.softplus import soft_sign as soft_sign
 from funcbp.ops.softplus import softplus as softplus
 from funcbp.ops.softplus import squareplus as squareplus
 from funcbp.ops.viterbi import viterbi as viterbi
+from funcbp.ops.solve import solve as solve
 from funcbp.ops.weight_norm import weight_norm as weight_norm
