@@ -108,4 +108,5 @@ from funcbp.ops.softplus import softplus as softplus
 from funcbp.ops.softplus import squareplus as squareplus
 from funcbp.ops.viterbi import viterbi as viterbi
 from funcbp.ops.solve import solve as solve
+from funcbp.ops.svd import svd as svd
 from funcbp.ops.weight_norm import weight_norm as weight_norm
