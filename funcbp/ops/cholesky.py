@@ -42,9 +42,7 @@ def plain(
     Raises:
       InputError: a is not square.
     """
-    factor = functools.partial(
-        jnp.linalg.cholesky, upper=upper, symmetrize_input=symmetrize_input
-    )
+    factor = functools.partial(jnp.linalg.cholesky, upper=upper, symmetrize_input=symmetrize_input)
     # Matrix by matrix, as the derivative of a whole batch is refused on a mesh of Explicit axes.
     return jnp.vectorize(factor, signature="(n,n)->(n,n)")(wide(a)).astype(a.dtype)
 
