@@ -11,7 +11,7 @@ Edge:  a that is not positive definite gives nan, in y and the gradient, as jnp.
        does. Without `symmetrize_input` only one triangle is read and a is taken for symmetric:
        da_ij + da_ji is the derivative for a change of both.
 Dtype: computes in float32 or wider, returns a's dtype.
-Ref:   Murray, 2016, equations 8 to 10.
+Ref:   Murray, 2016.
 """
 
 import functools

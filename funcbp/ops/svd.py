@@ -2,15 +2,16 @@
 
     a_ij = sum_k u_ik s_k v_jk        k = min(m, n) columns, orthonormal; s descending
 
-Backward. With c = u^T da v, ds_k = c_kk, du = u p and dv = v q, where p and q are antisymmetric.
-c + c^T and c - c^T of u p s + ds + s (v q)^T give, off the diagonal, with f_kl = 1 / (s_l - s_k)
-and h_kl = 1 / (s_k + s_l),
+Backward. Let c = u^T da v, du = u p and dv = v q, with p and q antisymmetric. Then
+    c = p s + diag(ds) - s q
+so ds_k = c_kk, and c + c^T = (p + q) s - s (p + q), c - c^T = (p - q) s + s (p - q) off the
+diagonal. With f_kl = 1 / (s_l - s_k), 0 on the diagonal, and h_kl = 1 / (s_k + s_l),
     p = (f * (c + c^T) + h * (c - c^T)) / 2        q = (f * (c + c^T) - h * (c - c^T)) / 2
 So with x = u^T du - du^T u and y = v^T dv - dv^T v
     da = u (diag(ds) + (f * (x + y) + h * (x - y)) / 2) v^T
 Where m > n, du also has a part outside of the columns of u, (1 - u u^T) da v / s, so
     da += (1 - u u^T) (du / s) v^T        and likewise with v where n > m
-The columns that `full_matrices` adds, b, turn against it: db = -u (u^T da^T b) in the same letters.
+The columns b that `full_matrices` adds turn with them: db = -u r^T b, where r = da v / s.
 
 Saves: a, an argument, and the factors u, s and v, also where only s is asked for.
 Edge:  equal singular values, and two that are zero, have no single vectors: f, h and 1 / s are 0
@@ -76,7 +77,8 @@ def plain(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def decomposed(a: Array, full: bool) -> tuple[Array, Array, Array]:
     """`(u, s, vh)`, in any order of differentiation."""
-    return jax.lax.linalg.svd(a, full_matrices=full)
+    u, s, vh = jax.lax.linalg.svd(a, full_matrices=full)
+    return u, s, vh
 
 
 @decomposed.defjvp
