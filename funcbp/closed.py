@@ -50,7 +50,9 @@ class Closed:
         flat, tree = jax.tree.flatten(args)
         if tree != self.program.arguments:
             raise TypeError(f"traced on arguments {self.program.arguments}, called with {tree}")
-        run = jaxpr_as_fun(ClosedJaxpr(self.program.jaxpr, self.captured))
+        jaxpr = self.program.jaxpr
+        flat = [_varying_as(v.aval, a) for v, a in zip(jaxpr.invars, flat, strict=True)]
+        run = jaxpr_as_fun(ClosedJaxpr(jaxpr, self.captured))
         return jax.tree.unflatten(self.program.results, run(*flat))
 
     def tree_flatten(self):
@@ -59,3 +61,10 @@ class Closed:
     @classmethod
     def tree_unflatten(cls, program, captured):
         return cls(program, captured)
+
+
+def _varying_as(aval: Any, argument: Any) -> Any:
+    """The argument as one that varies over the mesh axes of what the function was traced on."""
+    had = jax.typeof(argument).manual_axis_type.varying
+    missing = tuple(sorted(aval.manual_axis_type.varying - had))
+    return jax.lax.pcast(argument, missing, to="varying") if missing else argument

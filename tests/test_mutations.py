@@ -138,6 +138,8 @@ def test_a_forward_rule_with_another_value_is_caught(op):
         like=op.like,
         cases=op.cases,
         arrays=op.arrays,
+        functions=op.functions,
+        resolve=op.resolve,
         check=op.check,
         name=op.name,
     )

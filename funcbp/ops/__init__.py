@@ -32,6 +32,7 @@ from funcbp.ops.elementwise_losses import sigmoid_focal_loss as sigmoid_focal_lo
 from funcbp.ops.elementwise_losses import squared_error as squared_error
 from funcbp.ops.embedding import embedding as embedding
 from funcbp.ops.embedding import unembedding as unembedding
+from funcbp.ops.fixed_point import fixed_point as fixed_point
 from funcbp.ops.gated import geglu as geglu
 from funcbp.ops.gated import glu as glu
 from funcbp.ops.gated import swiglu as swiglu
@@ -79,6 +80,7 @@ from funcbp.ops.prelu import prelu as prelu
 from funcbp.ops.ragged_dot import ragged_dot as ragged_dot
 from funcbp.ops.recurrent import recurrent as recurrent
 from funcbp.ops.resize import resize as resize
+from funcbp.ops.reversible import reversible as reversible
 from funcbp.ops.rms_norm import rms_norm as rms_norm
 from funcbp.ops.rotary import rotary as rotary
 from funcbp.ops.routing import routing_weights as routing_weights
@@ -89,6 +91,7 @@ from funcbp.ops.segment_sum import segment_mean as segment_mean
 from funcbp.ops.segment_sum import segment_sum as segment_sum
 from funcbp.ops.rnn import rnn as rnn
 from funcbp.ops.selective_scan import selective_scan as selective_scan
+from funcbp.ops.root import root as root
 from funcbp.ops.shaping import clip_gradient as clip_gradient
 from funcbp.ops.shaping import reverse_gradient as reverse_gradient
 from funcbp.ops.shaping import scale_gradient as scale_gradient
