@@ -537,9 +537,10 @@ def _inexact(leaf: Any) -> bool:
 
 
 def _as_arrays(argument: Any) -> Any:
-    if argument is None or isinstance(argument, jax.Array):
-        return argument
-    return jax.tree.map(jnp.asarray, argument)
+    def one(leaf):  # asarray copies what is differentiated: a residual would be counted twice
+        return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+
+    return argument if argument is None else jax.tree.map(one, argument)
 
 
 def _require_floating(name: str, parameter: str, value: Any) -> None:

@@ -7,6 +7,7 @@ from funcbp.ops.batch_norm import batch_norm as batch_norm
 from funcbp.ops.batch_norm import batch_norm_inference as batch_norm_inference
 from funcbp.ops.bilinear import bilinear as bilinear
 from funcbp.ops.cholesky import cholesky as cholesky
+from funcbp.ops.checkpointed import checkpointed as checkpointed
 from funcbp.ops.conv import conv as conv
 from funcbp.ops.conv_transpose import conv_transpose as conv_transpose
 from funcbp.ops.cosine_distance import cosine_distance as cosine_distance
@@ -79,6 +80,7 @@ from funcbp.ops.poly_loss_cross_entropy import poly_loss_cross_entropy as poly_l
 from funcbp.ops.prelu import prelu as prelu
 from funcbp.ops.ragged_dot import ragged_dot as ragged_dot
 from funcbp.ops.recurrent import recurrent as recurrent
+from funcbp.ops.repeat import repeat as repeat
 from funcbp.ops.resize import resize as resize
 from funcbp.ops.reversible import reversible as reversible
 from funcbp.ops.rms_norm import rms_norm as rms_norm

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax, tree
 from jax.flatten_util import ravel_pytree
 
+from funcbp.core import InputError
 from funcbp.ops._numeric import loop_zeros
 
 
@@ -50,9 +51,18 @@ def _varying(aval: Any) -> frozenset:
 
 
 def depth(params: Any) -> int:
-    """The number of layers: the length of the leading axis, or 1 for no parameters."""
-    leaves = tree.leaves(params)
-    return len(leaves[0]) if leaves else 1
+    """The number of layers: the length of the leading axis, or 1 for no parameters.
+
+    Raises InputError if the arrays do not share a leading axis.
+    """
+    shapes = [a.shape for a in tree.leaves(params)]
+    lengths = {shape[:1] for shape in shapes}
+    if len(lengths) > 1 or () in lengths:
+        raise InputError(
+            f"every array of params must have the same leading axis, the layers, got shapes "
+            f"{shapes}; stack them, as in jax.tree.map(lambda *a: jnp.stack(a), *layers)"
+        )
+    return shapes[0][0] if shapes else 1
 
 
 def first(params: Any) -> Any:

@@ -71,13 +71,7 @@ def _over_layers(layer, params, x):
 
 def check(f, g, params, x1, x2):
     """Raises if the layers or the functions do not fit."""
-    lengths = {a.shape[:1] for a in tree.leaves(params)}
-    if len(lengths) > 1 or () in lengths:
-        shapes = [a.shape for a in tree.leaves(params)]
-        raise InputError(
-            f"every array of params must have the same leading axis, the layers, got shapes "
-            f"{shapes}; stack them, as in jax.tree.map(lambda *a: jnp.stack(a), *layers)"
-        )
+    depth(params)
     _same("f", f, first(params), x2, x1)
     _same("g", g, first(params), x1, x2)
 

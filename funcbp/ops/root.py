@@ -90,7 +90,7 @@ def _solve(f, z0, solver, linear, tol, max_steps):
         residual, apply = jax.linearize(f, z)
         return tree.map(jnp.subtract, z, linear(apply, residual))
 
-    return iterate(newton, z0, tol, max_steps)
+    return iterate(newton, steady(f, z0), tol, max_steps)
 
 
 def check(f, z0, **settings):
@@ -117,7 +117,7 @@ def examples(f, z0, **settings):
 
 def _implicit_step(a, k, z):
     """An implicit Euler step of two coupled equations, which has a root for any a and k."""
-    return z + 0.5 * jnp.tanh(z + z[::-1] * jnp.tanh(k.mean())) - a
+    return z + 0.5 * jnp.tanh(z + z[::-1] * jnp.tanh((k * k).sum())) - a
 
 
 def _square(a, z):
