@@ -23,7 +23,7 @@ from rules import (
 
 import funcbp
 from funcbp.check import compare
-from funcbp.check.compare import split
+from funcbp.check.compare import allowed, split
 from funcbp.check.evaluate import compiled
 
 
@@ -86,7 +86,7 @@ def test_signature_and_values_are_the_counterparts(op):
 
 
 def same_values(op, case):
-    """plain is the counterpart: it differs, in float64, by less than the counterpart's float32."""
+    """plain is the counterpart: it differs, in float64, by no more than float32 is allowed to."""
     layout, floating, fixed = split(*case.build())
     plain, like = (compiled(lambda x, f=f: layout.call(f, x, fixed)) for f in (op.plain, op.like))
     narrow = like(floating)
@@ -99,7 +99,8 @@ def same_values(op, case):
         finite = np.isfinite(e)
         np.testing.assert_array_equal(t[~finite], e[~finite])
         e, t, n = e[finite], t[finite], n[finite]
-        assert np.all(np.abs(t - e) <= np.abs(n - e) + 2.0**-23 * np.abs(e))
+        # Some counterparts compute in float32 whatever comes: element by element, luck decides.
+        assert np.all(np.abs(t - e) <= allowed(np.abs(n - e)[None], e[None], np.float32))
 
 
 def layouts(floating):

@@ -20,6 +20,7 @@ from funcbp.ops.cumulative import cumsum as cumsum
 from funcbp.ops.ctc_loss import ctc_loss as ctc_loss
 from funcbp.ops.dense import dense as dense
 from funcbp.ops.depthwise_conv import depthwise_conv as depthwise_conv
+from funcbp.ops.dot_product_attention import dot_product_attention as dot_product_attention
 from funcbp.ops.dropout import dropout as dropout
 from funcbp.ops.eigh import eigh as eigh
 from funcbp.ops.einsum import einsum as einsum
@@ -60,6 +61,7 @@ from funcbp.ops.lora_linear import lora_linear as lora_linear
 from funcbp.ops.lstm import lstm as lstm
 from funcbp.ops.max_pool import max_pool as max_pool
 from funcbp.ops.mixture_of_experts import mixture_of_experts as mixture_of_experts
+from funcbp.ops.multi_head_attention import multi_head_attention as multi_head_attention
 from funcbp.ops.norm import l2_normalize as l2_normalize
 from funcbp.ops.norm import norm as norm
 from funcbp.ops.norm import sqrt as sqrt
