@@ -32,7 +32,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from funcbp.case import Case, booleans, key, values
 from funcbp.core import InputError, op
-from funcbp.ops._attention import Extras, Rules, backward, cap, forward, kept, visible
+from funcbp.ops._attention import backward, forward
+from funcbp.ops._attention_blocks import Extras, Rules, cap, kept, visible
 from funcbp.ops._numeric import wide
 
 
@@ -99,7 +100,7 @@ def plain(
         seen &= row < query_seq_lengths[:, None, None, None]
     if key_value_seq_lengths is not None:
         seen &= column < key_value_seq_lengths[:, None, None, None]
-    if query_segment_ids is not None:
+    if query_segment_ids is not None and key_value_segment_ids is not None:
         theirs = key_value_segment_ids.reshape(b, 1, 1, s)
         seen &= query_segment_ids.reshape(b, 1, t, 1) == theirs
     x = jnp.where(seen, x, jnp.finfo(x.dtype).min)
@@ -224,14 +225,24 @@ OWN = ("softcap", "query_segment_ids", "key_value_segment_ids", "dropout_rate", 
 
 def _batched(query, key, value, bias, mask, settings):
     """`(q, k, v, extras, rules)` as the blocks take them, with a batch axis."""
+    given = {"bias": bias, "mask": mask, **settings}
+
+    def batched(name, axes):
+        a = given[name]
+        return a[None] if a is not None and a.ndim == axes else a
+
     q, k, v = (a[None] if a.ndim == 3 else a for a in (query, key, value))
-    bias, mask = (a[None] if a is not None and a.ndim == 3 else a for a in (bias, mask))
-    ids = [settings["query_segment_ids"], settings["key_value_segment_ids"]]
-    ids = [a[None] if a is not None and a.ndim == 1 else a for a in ids]
-    lengths = settings["query_seq_lengths"], settings["key_value_seq_lengths"]
+    extras = Extras(
+        batched("bias", 3),
+        batched("mask", 3),
+        given["query_seq_lengths"],
+        given["key_value_seq_lengths"],
+        batched("query_segment_ids", 1),
+        batched("key_value_segment_ids", 1),
+        given["dropout_key"],
+    )
     names = ("scale", "is_causal", "local_window_size", "softcap", "dropout_rate")
-    rules = Rules.of(q.shape[-1], *(settings[name] for name in names))
-    return q, k, v, Extras(bias, mask, *lengths, *ids, settings["dropout_key"]), rules
+    return q, k, v, extras, Rules.of(q.shape[-1], *(given[name] for name in names))
 
 
 def _cudnn(settings):
@@ -266,7 +277,7 @@ def bwd(saved, dy, **settings):
     do = dy[0] if settings["return_residual"] else dy
     q, k, v, extras, rules = _batched(query, key, value, bias, mask, settings)
     d = backward(q, k, v, extras, softmax, do.reshape(q.shape), rules)
-    dbias = None if bias is None else d.bias.reshape(bias.shape)
+    dbias = None if d.bias is None else d.bias.reshape(bias.shape)
     dq, dk, dv = d.q.reshape(query.shape), d.k.reshape(key.shape), d.v.reshape(value.shape)
     return dq, dk, dv, dbias, *[None] * 6
 

@@ -25,7 +25,8 @@ from jaxtyping import Array, Float, Int
 
 from funcbp.case import Case, normal, values
 from funcbp.core import InputError, op
-from funcbp.ops._attention import Extras, Rules, backward, forward
+from funcbp.ops._attention import backward, forward
+from funcbp.ops._attention_blocks import Extras, Rules
 from funcbp.ops._numeric import contracted, wide
 from funcbp.ops.dot_product_attention import check_settings
 from funcbp.ops.dot_product_attention import plain as attention
@@ -154,8 +155,8 @@ def fwd(x, wq, wk, wv, wo, bq, bk, bv, bo, *, lengths, recompute, **settings):
     arguments = (x, wq, wk, wv, wo, bq, bk, bv, bo)
     dtype = jnp.result_type(*(a for a in arguments if a is not None))
     extras, rules = _surroundings(lengths, **settings)
-    heads = tuple(_projected(x, w, b, dtype) for w, b in ((wq, bq), (wk, bk), (wv, bv)))
-    o, softmax = forward(*heads, extras, rules(wq.shape[2]))
+    q, k, v = heads = [_projected(x, w, b, dtype) for w, b in ((wq, bq), (wk, bk), (wv, bv))]
+    o, softmax = forward(q, k, v, extras, rules(wq.shape[2]))
     o = o.astype(dtype)
     y = contracted("btnh,nhm->btm", o, wo)
     y = y if bo is None else y + wide(bo)
@@ -167,13 +168,11 @@ def bwd(saved, dy, *, recompute, **settings):
     x, wq, wk, wv, wo, bq, bk, bv, bo = arguments
     extras, rules = _surroundings(lengths, **settings)
     layers = ((wq, bq), (wk, bk), (wv, bv))
-    if recompute:
-        heads = tuple(_projected(x, w, b, dy.dtype) for w, b in layers)
+    q, k, v = heads or [_projected(x, w, b, dy.dtype) for w, b in layers]
     do = contracted("btm,nhm->btnh", dy, wo)
-    d = backward(*heads, extras, softmax, do, rules(wq.shape[2]))
-    dx, dw, db = zip(
-        *(_pulled(x, *p, dp) for p, dp in zip(layers, d[:3], strict=True)), strict=True
-    )
+    d = backward(q, k, v, extras, softmax, do, rules(wq.shape[2]))
+    parts = [_pulled(x, w, b, dp) for (w, b), dp in zip(layers, d[:3], strict=True)]
+    dx, dw, db = zip(*parts, strict=True)
     dwo = contracted("btnh,btm->nhm", o, dy)
     dbo = None if bo is None else jnp.sum(wide(dy), axis=(0, 1))
     return sum(dx[1:], dx[0]), *dw, dwo, *db, dbo, None
