@@ -28,6 +28,16 @@ def eye_like(a: Array) -> Array:
     return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
 
 
+def mirrored(a: Array, lower: bool = True) -> Array:
+    """The symmetric matrices of which one triangle is given; the other is not read."""
+    return jnp.tril(a) + jnp.tril(a, -1).mT if lower else jnp.triu(a) + jnp.triu(a, 1).mT
+
+
+def folded(da: Array, lower: bool = True) -> Array:
+    """The cotangent of a in `mirrored` from that of the result: all on the triangle read."""
+    return jnp.tril(da) + jnp.triu(da, 1).mT if lower else jnp.triu(da) + jnp.tril(da, -1).mT
+
+
 def reciprocal(gap: Array, scale: Array) -> Array:
     """1 / gap, and 0 where |gap| is within rounding errors of `scale`."""
     zero = jnp.abs(gap) <= ULPS * jnp.finfo(gap.dtype).eps * scale

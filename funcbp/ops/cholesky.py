@@ -4,12 +4,13 @@
 
 Backward. y^-1 da y^-T = p + p^T with p = y^-1 dy lower triangular, so p is its lower triangle with
 the diagonal halved. With s = y^T dy, of which only that part counts, halved likewise,
-    da = y^-T s y^-1        made symmetric where the input is: (da + da^T) / 2
+    da = y^-T s y^-1        made symmetric, (da + da^T) / 2, where the input is
+Without `symmetrize_input`, a is its lower triangle and the mirror image of that, on which nothing
+else depends: da_ij + da_ji goes to i > j, and 0 to the upper triangle.
 
 Saves: a, an argument, and the factor, which is the output.
 Edge:  a that is not positive definite gives nan, in y and the gradient, as jnp.linalg.cholesky
-       does. Without `symmetrize_input` only one triangle is read and a is taken for symmetric:
-       da_ij + da_ji is the derivative for a change of both.
+       does.
 Dtype: computes in float32 or wider, returns a's dtype.
 Ref:   Murray, 2016.
 """
@@ -22,7 +23,7 @@ from jaxtyping import Array, Float
 
 from funcbp.case import Case, values
 from funcbp.core import op
-from funcbp.ops._linalg import kernel, product, require_square
+from funcbp.ops._linalg import folded, kernel, mirrored, product, require_square
 from funcbp.ops._numeric import wide
 
 
@@ -34,7 +35,7 @@ def plain(
     Args:
       a: symmetric positive definite matrices, [..., n, n].
       upper: return y.T, upper triangular.
-      symmetrize_input: factor (a + a.T) / 2.
+      symmetrize_input: factor (a + a.T) / 2; else only the lower triangle is read.
 
     Returns:
       The shape and dtype of a.
@@ -42,9 +43,10 @@ def plain(
     Raises:
       InputError: a is not square.
     """
+    x = wide(a) if symmetrize_input else mirrored(wide(a))
     factor = functools.partial(jnp.linalg.cholesky, upper=upper, symmetrize_input=symmetrize_input)
-    # Matrix by matrix, as the derivative of a whole batch is refused on a mesh of Explicit axes.
-    return jnp.vectorize(factor, signature="(n,n)->(n,n)")(wide(a)).astype(a.dtype)
+    # Matrix by matrix: on a mesh of Explicit axes JAX refuses a whole batch.
+    return jnp.vectorize(factor, signature="(n,n)->(n,n)")(x).astype(a.dtype)
 
 
 def check(a, *, upper, symmetrize_input):
@@ -65,7 +67,7 @@ def bwd(saved, dy, *, upper, symmetrize_input):
     s = product(y.mT, wide(dy)) * half
     s = jax.lax.linalg.triangular_solve(y, s, left_side=True, lower=True, transpose_a=True)
     da = jax.lax.linalg.triangular_solve(y, s, lower=True)
-    return ((da + da.mT) / 2 if symmetrize_input else da,)
+    return ((da + da.mT) / 2 if symmetrize_input else folded(da),)
 
 
 cholesky = op(

@@ -5,6 +5,8 @@
 Backward. With m = v^T da v, perturbation theory gives dw_k = m_kk and dv = v (f * m), where
 f_kl = 1 / (w_l - w_k) off the diagonal and 0 on it. So
     da = v (diag(dw) + f * (v^T dv)) v^T        made symmetric: (da + da^T) / 2
+Without `symmetrize_input`, a is one triangle and the mirror image of that, on which nothing else
+depends: da_ij + da_ji goes to the triangle that is read, and 0 to the other.
 
 Saves: a, an argument, and the outputs w and v.
 Edge:  equal eigenvalues have no single eigenvectors: f_kl = 0 where |w_l - w_k| is at most 16 eps
@@ -12,8 +14,7 @@ Edge:  equal eigenvalues have no single eigenvectors: f_kl = 0 where |w_l - w_k|
        f(w_k), projections on all eigenvectors of a repeated value. It is not for v f(w) v^T, whose
        derivative between two eigenvectors of one value, f'(w), no rule can find in dw and dv;
        there the gradient is finite but lacks that part. Autodiff of jnp.linalg.eigh gives nan.
-       Without `symmetrize_input` only one triangle is read and a is taken for symmetric:
-       da_ij + da_ji is the derivative for a change of both. Signs of eigenvectors are LAPACK's.
+       Signs of eigenvectors are LAPACK's.
 Dtype: computes in float32 or wider, returns a's dtype.
 Ref:   Giles, 2008, section 3.1; Magnus, 1985, theorem 1.
 """
@@ -27,7 +28,15 @@ from jaxtyping import Array, Float
 
 from funcbp.case import Case, values
 from funcbp.core import InputError, op
-from funcbp.ops._linalg import diagonal, kernel, product, reciprocal, require_square
+from funcbp.ops._linalg import (
+    diagonal,
+    folded,
+    kernel,
+    mirrored,
+    product,
+    reciprocal,
+    require_square,
+)
 from funcbp.ops._numeric import wide
 
 
@@ -46,7 +55,7 @@ def plain(
     Args:
       a: symmetric matrices, [..., n, n].
       UPLO: the triangle that is read, "L" (as with None) or "U"; both are where a is symmetrized.
-      symmetrize_input: decompose (a + a.T) / 2.
+      symmetrize_input: decompose (a + a.T) / 2; else only that triangle is read.
 
     Returns:
       `(eigenvalues, eigenvectors)`, [..., n] and [..., n, n], in a's dtype.
@@ -54,8 +63,9 @@ def plain(
     Raises:
       InputError: a is not square, or UPLO is another letter.
     """
-    x = (a + a.mT) / 2 if symmetrize_input else a
-    w, v = decomposed(wide(x), UPLO != "U")
+    x, lower = wide(a), UPLO != "U"
+    x = (x + x.mT) / 2 if symmetrize_input else mirrored(x, lower)
+    w, v = decomposed(x, lower)
     return EighResult(w.astype(a.dtype), v.astype(a.dtype))
 
 
@@ -86,9 +96,7 @@ def check(a, UPLO, symmetrize_input):
 
 
 def fwd(a, UPLO, symmetrize_input):
-    x = wide(a)
-    x = (x + x.mT) / 2 if symmetrize_input else x
-    v, w = jax.lax.linalg.eigh(x, lower=UPLO != "U", symmetrize_input=False)
+    v, w = jax.lax.linalg.eigh(wide(a), lower=UPLO != "U", symmetrize_input=symmetrize_input)
     return EighResult(w.astype(a.dtype), v.astype(a.dtype)), (a, w, v)
 
 
@@ -96,10 +104,9 @@ def bwd(saved, dy, *, UPLO, symmetrize_input):
     _, w, v = saved
     dw, dv = map(wide, dy)
     m = _inverse_gaps(w) * product(v.mT, dv)
-    if symmetrize_input:
-        m = (m + m.mT) / 2
-    m += dw[..., None] * jnp.eye(w.shape[-1], dtype=w.dtype)
-    return (product(product(v, m), v.mT),)
+    m = (m + m.mT) / 2 + dw[..., None] * jnp.eye(w.shape[-1], dtype=w.dtype)
+    da = product(product(v, m), v.mT)
+    return (da if symmetrize_input else folded(da, UPLO != "U"),)
 
 
 # Of larger matrices LAPACK gives some eigenvectors another sign in float32 than in float64.
