@@ -230,7 +230,8 @@ def _steps_of(cell: Cell, saved: Saved, steps: Steps, number: Any, start: Any, s
 
 
 def _weight(x: Array, dz: Array) -> Array:
-    return product(rows(x).T, rows(dz))
+    # A product whose left operand is stored transposed is slower than copy and product on CPU.
+    return product(jax.lax.optimization_barrier(rows(x).T), rows(dz))
 
 
 def _bias(b: Array | None, dz: Array) -> Array | None:

@@ -132,14 +132,17 @@ gru = op(
     bwd,
     check=check,
     cases=(
-        Case("odd", (4, 5, 3), (3, 6), (2, 6), (6,), (6,), (4, 2), values([3, 0, 5, 1])),
+        Case(
+            "odd",
+            *((4, 5, 3), (3, 6), (2, 6), (6,), (6,), (4, 2), values([3, 0, 5, 1])),
+            transformed=False,
+        ),
         Case(
             "recomputed, time first, reverse",
             *((7, 3, 1), (1, 9), (3, 9), None, (9,)),
             time_major=True,
             reverse=True,
             remat_every=3,
-            transformed=False,
         ),
         Case("no step", (2, 0, 3), (3, 3), (1, 3), dtypes=("float32",), transformed=False),
         Case(

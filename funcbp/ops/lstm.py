@@ -138,6 +138,7 @@ lstm = op(
             time_major=True,
             reverse=True,
             remat_every=3,
+            transformed=False,
         ),
         Case("no step", (2, 0, 3), (3, 4), (1, 4), dtypes=("float32",), transformed=False),
         Case("sequence", (32, 128, 128), *WEIGHTS, bench=True),
