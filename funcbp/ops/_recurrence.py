@@ -25,14 +25,29 @@ def at(x: Array, t: Any, axis: int) -> Array:
     return lax.dynamic_index_in_dim(x, t if x.shape[axis] > 1 else 0, axis, keepdims=False)
 
 
+def time_first(f: Callable, axis: int, *args: Array) -> Array:
+    """`f(axis, *args)`; where time is the last of several axes, with that axis moved to the front.
+
+    There rows are scattered over memory. f's result has the axes of the first argument; arguments
+    that have fewer have no time. Next to each other, moves there and back cost nothing.
+    """
+    last = args[0].ndim - 1
+    if not axis == last > 0:
+        return f(axis, *args)
+    moved = [jnp.moveaxis(x, -1, 0) if x.ndim > last else x for x in args]
+    return jnp.moveaxis(f(0, *moved), 0, -1)
+
+
 def before(h: Array, h0: Array, axis: int, reverse: bool) -> Array:
     """h_(t-1) in the place of h_t, and h0 in that of the first."""
-    first, rest = jnp.expand_dims(h0, axis), max(h.shape[axis] - 1, 0)
-    if reverse:
-        return jnp.concatenate(
-            [lax.slice_in_dim(h, h.shape[axis] - rest, None, axis=axis), first], axis
-        )
-    return jnp.concatenate([first, lax.slice_in_dim(h, 0, rest, axis=axis)], axis)
+
+    def shifted(axis, h, h0):
+        first, n = jnp.expand_dims(h0, axis), h.shape[axis]
+        if reverse:
+            return jnp.concatenate([lax.slice_in_dim(h, min(n, 1), n, axis=axis), first], axis)
+        return jnp.concatenate([first, lax.slice_in_dim(h, 0, max(n - 1, 0), axis=axis)], axis)
+
+    return time_first(shifted, axis, h, h0)
 
 
 def along(step: Callable, init: Array, like: Any, axis: int, reverse: bool, within: Any) -> Array:
@@ -60,14 +75,9 @@ def along(step: Callable, init: Array, like: Any, axis: int, reverse: bool, with
 
 def by_platform(sequential: Callable, tree: Callable, like: Any, axis: int, *args: Any) -> Array:
     """`sequential(axis, *args)` on CPU if the rows of `like` are worth it, else `tree(*args)`."""
-    last = like.ndim - 1
 
     def loop(*args):
-        if not axis == last > 0:
-            return sequential(axis, *args)
-        # Rows of the last axis are scattered over memory.
-        moved = [jnp.moveaxis(x, -1, 0) if x.ndim > last else x for x in args]
-        return jnp.moveaxis(sequential(0, *moved), 0, -1)
+        return time_first(sequential, axis, *args)
 
     if math.prod(row_shape(like, axis)) < ROW:
         return tree(*args)
@@ -95,7 +105,7 @@ def running(combine: Callable, tree: Callable, x: Array, axis: int, reverse: boo
 def states(a: Array, b: Array, h0: Array, like: Any, axis: int, reverse: bool) -> Array:
     """h_t = a_t h_(t-1) + b_t, in the dtype of `like`."""
 
-    def sequential(axis, a, b, h0):
+    def sequential(axis, b, a, h0):
         def step(t, h):
             h = wide(at(a, t, axis)) * h + wide(at(b, t, axis))
             return h, h
@@ -103,35 +113,40 @@ def states(a: Array, b: Array, h0: Array, like: Any, axis: int, reverse: bool) -
         h = jax.ShapeDtypeStruct(b.shape, like.dtype)  # time may be another axis than in like
         return along(step, wide(h0), h, axis, reverse, (a, b))
 
-    def tree(a, b, h0):
+    def tree(b, a, h0):
         factor, h = _tree(wide(a), wide(b), axis, reverse)
         return (h + factor * jnp.expand_dims(wide(h0), axis)).astype(like.dtype)
 
-    return by_platform(sequential, tree, like, axis, a, b, h0)
+    return by_platform(sequential, tree, like, axis, b, a, h0)
 
 
-def pulled(a: Array, dh: Array, axis: int, reverse: bool) -> Array:
-    """g_t = dh_t + a_(t+1) g_(t+1), in dh's dtype, for states that ran as `reverse` says.
+def pulled(a: Array, dh: Array, axis: int, reverse: bool, weights: Array | None = None) -> Array:
+    """g_t = dh_t + a_(t+1) g_(t+1), or weights_t g_t, for states that ran as `reverse` says.
 
-    a may be a mask: then 0 times an infinite g is 0.
+    In dh's dtype. a and the weights may be masks: then 0 times an infinite g is 0.
     """
 
-    def sequential(axis, a, dh):
+    def sequential(axis, dh, a, *weights):
         def step(t, carried):
-            g, factor = wide(at(dh, t, axis)) + carried, at(a, t, axis)
-            carried = jnp.where(factor, g, 0) if a.dtype == bool else wide(factor) * g
-            return carried, g
+            g = wide(at(dh, t, axis)) + carried
+            return _times(at(a, t, axis), g), _times(at(weights[0], t, axis), g) if weights else g
 
         init = jnp.zeros(row_shape(dh, axis), wide(dh).dtype)
-        return along(step, init, dh, axis, not reverse, (a, dh))
+        return along(step, init, dh, axis, not reverse, (a, dh, weights))
 
-    def tree(a, dh):
+    def tree(dh, a, *weights):
         a = jnp.broadcast_to(a, dh.shape).astype(wide(dh).dtype)
         # The factor of the last step meets no state.
         a = before(a, jnp.zeros(row_shape(a, axis), a.dtype), axis, not reverse)
-        return _tree(a, wide(dh), axis, not reverse)[1].astype(dh.dtype)
+        g = _tree(a, wide(dh), axis, not reverse)[1]
+        return (_times(weights[0], g) if weights else g).astype(dh.dtype)
 
-    return by_platform(sequential, tree, dh, axis, a, dh)
+    more = () if weights is None else (weights,)
+    return by_platform(sequential, tree, dh, axis, dh, a, *more)
+
+
+def _times(factor, g):
+    return jnp.where(factor, g, 0) if factor.dtype == bool else wide(factor) * g
 
 
 def _tree(a: Array, b: Array, axis: int, reverse: bool) -> tuple[Array, Array]:

@@ -12,10 +12,10 @@ Backward. With g_t the cotangent of y_t from all that follows
 where t is new if x_t exceeds all before it. No rule divides, so a product with zeros has the
 gradient that it should.
 
-Saves: cumsum nothing; cumprod x, an argument, and y, the result; cummax x, and a
-       byte for each number: whether it is new.
-Edge:  of equal maxima the first that is met gets all of the cotangent. From a nan on all is
-       nan; in cummax the nan gets the cotangents of all that.
+Saves: cumsum nothing; cumprod x, an argument, and y, the result; cummax x, and a byte for each
+       number: whether it is new.
+Edge:  of equal maxima the first that is met gets all of the cotangent. From a nan on all is nan; in
+       cummax the nan gets the cotangents of all that.
 Dtype: runs in float32 or wider, returns operand's dtype.
 Ref:   Blelloch, 1990, section 1.
 """
@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from funcbp.case import Case, values
 from funcbp.core import InputError, op
 from funcbp.ops._numeric import wide
-from funcbp.ops._recurrence import before, pulled, row_shape, running
+from funcbp.ops._recurrence import before, pulled, row_shape, running, time_first
 
 
 def plain_cumsum(
@@ -77,11 +77,17 @@ def check(operand, axis, reverse):
 
 
 def fwd_cumsum(operand, axis, reverse):
-    return running(jnp.add, jax.lax.cumsum, operand, axis, reverse), ()
+    return _sum(operand, axis, reverse), ()
 
 
 def bwd_cumsum(saved, dy, *, axis, reverse):
-    return (running(jnp.add, jax.lax.cumsum, dy, axis, not reverse),)
+    return (_sum(dy, axis, not reverse),)
+
+
+def _sum(x, axis, reverse):
+    if axis == x.ndim - 1:  # a sum is too little work to transpose for
+        return jax.lax.cumsum(wide(x), axis, reverse).astype(x.dtype)
+    return running(jnp.add, jax.lax.cumsum, x, axis, reverse)
 
 
 def fwd_cumprod(operand, axis, reverse):
@@ -92,7 +98,7 @@ def fwd_cumprod(operand, axis, reverse):
 def bwd_cumprod(saved, dy, *, axis, reverse):
     x, y = saved
     one = jnp.ones(row_shape(y, axis), y.dtype)
-    return (wide(pulled(x, dy, axis, reverse)) * wide(before(y, one, axis, reverse)),)
+    return (pulled(x, dy, axis, reverse, before(y, one, axis, reverse)),)
 
 
 def fwd_cummax(operand, axis, reverse):
@@ -102,14 +108,18 @@ def fwd_cummax(operand, axis, reverse):
 
 def bwd_cummax(saved, dy, *, axis, reverse):
     _, new = saved
-    return (jnp.where(new, pulled(~new, dy, axis, reverse), 0),)
+    return (pulled(~new, dy, axis, reverse, new),)
 
 
 def _new(y, axis, reverse):
     """Whether each running maximum is one that was not there before; the first is."""
-    last = before(y, jnp.zeros(row_shape(y, axis), y.dtype), axis, reverse)
-    t = jax.lax.broadcasted_iota(jnp.int32, y.shape, axis)
-    return (t == (y.shape[axis] - 1 if reverse else 0)) | (y != last) & (last == last)
+
+    def new(axis, y):
+        last = before(y, jnp.zeros(row_shape(y, axis), y.dtype), axis, reverse)
+        t = jax.lax.broadcasted_iota(jnp.int32, y.shape, axis)
+        return (t == (y.shape[axis] - 1 if reverse else 0)) | (y != last) & (last == last)
+
+    return time_first(new, axis, y)
 
 
 def _cumulative(plain, fwd, bwd, *cases):

@@ -10,7 +10,7 @@ On CPU one loop over time reads each row once and holds the state in cache; else
 joined in a tree, whose depth is the logarithm of the length. Autodiff of the loop writes out
 h_(t-1) and a_t once more; autodiff of the tree keeps what each of its levels made.
 
-Saves: a and h_0, arguments, and h, the result; b only as a shape.
+Saves: a and h_0, arguments, and h, the result.
 Edge:  an a of one row, or one that is broadcast to b otherwise, gets the sum; a length of 0 gives
        an empty h and no gradient to h_0.
 Dtype: the state is in float32 or wider; h has the promoted dtype of a, b and h_0.
