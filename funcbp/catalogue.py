@@ -10,8 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import optax
+
 from funcbp import bench, ops
 from funcbp.core import Op
+
+# Where public counterparts are found, by the name under which users know them.
+PUBLIC = (jax.nn, jax.lax, jax.numpy.linalg, jax.numpy, jax.scipy.special, jax.ops, optax.losses)
 
 
 def declared() -> dict[str, Op]:
@@ -29,18 +35,18 @@ def table() -> str:
 
 
 def _argument(parameter: inspect.Parameter) -> str:
-    if parameter.default is inspect.Parameter.empty:
+    value = parameter.default
+    if value is inspect.Parameter.empty:
         return parameter.name
-    return f"{parameter.name}={parameter.default!r}"
+    return f"{parameter.name}={value.__name__ if callable(value) else repr(value)}"
 
 
 def _counterpart(op: Op) -> str:
     if op.like is None:
         return ""
-    module = inspect.unwrap(op.like).__module__
-    package = {"jax._src.nn": "jax.nn", "jax._src.numpy": "jax.numpy"}
-    public = next((v for k, v in package.items() if module.startswith(k)), module.split(".")[0])
-    return f"`{public}.{op.like.__name__}`"
+    name = op.like.__name__
+    public = next((m for m in PUBLIC if getattr(m, name, None) is op.like), None)
+    return f"`{public.__name__ if public else op.like.__module__}.{name}`"
 
 
 def _saves(op: Op) -> str:
