@@ -59,13 +59,14 @@ def chain(emissions, transitions, lengths, start, end) -> Chain:
     dtype = jnp.promote_types(jnp.result_type(*given), jnp.float32)
 
     def finite(x):
-        return 0.0 if x is None else jnp.maximum(x.astype(dtype), NOTHING)
+        return jnp.maximum(x.astype(dtype), NOTHING)
 
     e = jnp.moveaxis(emissions, 1, 0)
     inside = jnp.ones((len(e), 1, 1), bool)
     if lengths is not None:
         inside = (jnp.arange(len(e))[:, None] < lengths)[..., None]
-    return Chain(finite(e), finite(transitions), finite(start), finite(end), inside)
+    start, end = (0.0 if x is None else finite(x) for x in (start, end))
+    return Chain(finite(e), finite(transitions), start, end, inside)
 
 
 def _log_partition(c: Chain) -> Array:
