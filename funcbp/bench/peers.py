@@ -53,14 +53,15 @@ def counterpart(name: str, op: Op, case: Case, dtype: str, compiled: Callable) -
       compiled: makes the contender of a JAX function.
     """
     if name == "jax":
-        if op.like is None:
+        function = op.like or JAX.get(op.name)
+        if function is None:
             raise Unavailable
-        return compiled(op.like)
+        return compiled(function)
     if name == "flax":
         if op.name not in FLAX:
             raise Unavailable
         return compiled(FLAX[op.name])
-    if op.name not in TORCH or case.kwargs:
+    if op.name not in TORCH or (case.kwargs and op.name not in WITH_SETTINGS):
         raise Unavailable
     return _torch(op, case, dtype)
 
@@ -106,16 +107,39 @@ def _torch(op: Op, case: Case, dtype: str) -> _Torch:
         v = torch.from_numpy(np.array(a.astype(jnp.float32) if real else a))
         return v.to(getattr(torch, dtype) if real else torch.int64).requires_grad_(real)
 
-    return _Torch(TORCH[op.name](torch.nn.functional), [tensor(a) for a in args])
+    function = functools.partial(TORCH[op.name](torch.nn.functional), **case.kwargs)
+    return _Torch(function, [tensor(a) for a in args])
 
 
 def _of_features(norm: Callable) -> Callable:
     return lambda x, *parameters: norm(x, x.shape[-1:], *parameters)
 
 
+def _attention(f: Any) -> Callable:
+    def heads_first(q, k, v, is_causal=False):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return f.scaled_dot_product_attention(q, k, v, is_causal=is_causal).transpose(1, 2)
+
+    return heads_first
+
+
+def _lstm(f: Any) -> Callable:
+    torch = importlib.import_module("torch")
+
+    def one_layer(x, w, u, b):
+        zeros = x.new_zeros(1, len(x), len(u))
+        weights = [w.T.contiguous(), u.T.contiguous(), b, torch.zeros_like(b)]
+        return torch.lstm(x, (zeros, zeros), weights, True, 1, 0.0, True, False, True)[0]
+
+    return one_layer
+
+
+# Torch's functions that take the settings of the case by the op's names.
+WITH_SETTINGS = {"dot_product_attention"}
 # How to have each op from torch.nn.functional; most go by the same arguments.
 TORCH: dict[str, Callable[[Any], Callable]] = {
     "celu": lambda f: f.celu,
+    "dot_product_attention": _attention,
     "elu": lambda f: f.elu,
     "gelu": lambda f: functools.partial(f.gelu, approximate="tanh"),
     "glu": lambda f: f.glu,
@@ -127,6 +151,7 @@ TORCH: dict[str, Callable[[Any], Callable]] = {
     "linear": lambda f: lambda x, w, *b: f.linear(x, w.T, *b),
     "log_sigmoid": lambda f: f.logsigmoid,
     "log_softmax": lambda f: functools.partial(f.log_softmax, dim=-1),
+    "lstm": _lstm,
     "mish": lambda f: f.mish,
     "relu": lambda f: f.relu,
     "relu6": lambda f: f.relu6,
@@ -142,6 +167,17 @@ TORCH: dict[str, Callable[[Any], Callable]] = {
     "softplus": lambda f: f.softplus,
     "tanh": lambda f: f.tanh,
 }
+
+
+def _joined_recurrence(a, b, h0=None):
+    def then(first, second):
+        return first[0] * second[0], second[0] * first[1] + second[1]
+
+    return jax.lax.associative_scan(then, (jnp.broadcast_to(a, b.shape), b), axis=-2)[1]
+
+
+# JAX's own ways to what it has no function for.
+JAX: dict[str, Callable] = {"linear_recurrence": _joined_recurrence}
 
 
 def _linen() -> Any:
