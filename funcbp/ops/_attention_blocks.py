@@ -19,7 +19,7 @@ from funcbp.ops._numeric import wide
 
 # Queries of one block, at most, and into how many parts those of a causal call are cut, each with
 # a fixed number of keys.
-BLOCK, PARTS = 128, 4
+BLOCK, PARTS = 256, 4
 
 
 class Rules(NamedTuple):
