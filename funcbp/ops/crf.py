@@ -37,7 +37,7 @@ from jaxtyping import Array, Float, Int
 
 from funcbp.case import Case, integers, normal, values
 from funcbp.core import InputError, op
-from funcbp.ops._numeric import settled
+from funcbp.ops._numeric import loop_zeros, settled
 
 # The logarithm of nothing; a sum of 10^8 of them is still a float32.
 NOTHING = -1e30
@@ -61,7 +61,8 @@ def chain(emissions, transitions, lengths, start, end) -> Chain:
     def finite(x):
         return jnp.maximum(x.astype(dtype), NOTHING)
 
-    e = jnp.moveaxis(emissions, 1, 0)
+    # Zeros, that e may vary over the devices of a mesh as all arrays together do.
+    e = jnp.moveaxis(emissions, 1, 0) + loop_zeros((), (*given, lengths)).astype(dtype)
     inside = jnp.ones((len(e), 1, 1), bool)
     if lengths is not None:
         inside = (jnp.arange(len(e))[:, None] < lengths)[..., None]
@@ -246,7 +247,7 @@ def _back(c: Chain, sums: Sums, weight: Array) -> tuple[Array, Array]:
             pairs += jnp.einsum("b,bij->ij", weight, jnp.where(inside[..., None], share, 0))
             return (jnp.where(inside, jnp.sum(share, axis=2), g), pairs), g
 
-        init = g_last, jnp.sum(weight) * jnp.zeros_like(w)
+        init = g_last, loop_zeros(w.shape, (z, weight))
         (g_first, pairs), g = lax.scan(step, init, (z, c.inside[1:]), reverse=True)
         return g_first, g, pairs
 

@@ -74,7 +74,7 @@ def plain(
     """
     states = _states(labels, label_paddings, blank_id, log_epsilon)
     logp = jnp.maximum(jax.nn.log_softmax(wide(logits)), NOTHING)
-    y = _at(logp, states.classes) + states.unused
+    frames = _at(logp, states.classes) + states.unused, _padded(logit_paddings)
 
     def step(a, frame):
         y, padded = frame
@@ -82,8 +82,7 @@ def plain(
         ahead = jnp.logaddexp(jnp.logaddexp(a, one + states.step), two + states.skip)
         return jnp.where(padded, a, y + ahead), None
 
-    a = _start(y, log_epsilon)
-    a, _ = lax.scan(step, a, (y, _padded(logit_paddings)))
+    a, _ = lax.scan(step, _start(frames, log_epsilon), frames)
     return -jax.nn.logsumexp(a + states.end, axis=0).astype(logits.dtype)
 
 
@@ -154,10 +153,11 @@ def _padded(logit_paddings: Array) -> Array:
     return (logit_paddings != 0).T[:, None]
 
 
-def _start(y: Array, log_epsilon: float) -> Array:
-    """a_0, in the type of the frames y: each path begins before the first blank."""
-    first = jnp.arange(y.shape[1])[:, None] == 0
-    return loop_zeros(y.shape[1:], y) + jnp.where(first, 0.0, log_epsilon)
+def _start(frames: tuple[Array, Array], log_epsilon: float) -> Array:
+    """a_0, for a loop over these frames: each path begins before the first blank."""
+    shape = frames[0].shape[1:]
+    first = jnp.arange(shape[0])[:, None] == 0
+    return loop_zeros(shape, frames) + jnp.where(first, 0.0, log_epsilon)
 
 
 def _before(a: Array) -> tuple[Array, Array]:
@@ -186,7 +186,7 @@ def _emissions(logits, lse, states):
 def fwd(logits, logit_paddings, labels, label_paddings, *, blank_id, log_epsilon):
     states = _states(labels, label_paddings, blank_id, log_epsilon)
     lse = jax.nn.logsumexp(wide(logits), axis=-1, keepdims=True)
-    y, padded = _emissions(logits, lse, states), _padded(logit_paddings)
+    frames = _emissions(logits, lse, states), _padded(logit_paddings)
 
     def step(a, frame):
         y, padded = frame
@@ -195,7 +195,7 @@ def fwd(logits, logit_paddings, labels, label_paddings, *, blank_id, log_epsilon
         ahead = _log_sum(a, one + states.step, two + states.skip) + (y - m)
         return jnp.where(padded, a, jnp.maximum(ahead, NOTHING)), (a, m)
 
-    last, (a, m) = lax.scan(step, _start(y, log_epsilon), (y, padded))
+    last, (a, m) = lax.scan(step, _start(frames, log_epsilon), frames)
     total = jax.nn.logsumexp(last + states.end, axis=0)
     given = logits, logit_paddings, labels, label_paddings
     return -(total + jnp.sum(m, axis=(0, 1))).astype(logits.dtype), (*given, lse, a, m, last)
