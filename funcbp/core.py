@@ -486,10 +486,10 @@ def _typed(cotangent: Any, aval: Any, what: str) -> jax.Array:
 
 
 def _fitted(cotangents: list, avals: list) -> list:
-    return [_fit(d, a) for d, a in zip(cotangents, avals, strict=True)]
+    return [fit(d, a) for d, a in zip(cotangents, avals, strict=True)]
 
 
-def _fit(cotangent: jax.Array, aval: Any) -> jax.Array:
+def fit(cotangent: jax.Array, aval: Any) -> jax.Array:
     """The cotangent, varying over the mesh axes that its primal varies over."""
     primal = _varying(aval)
     # A primal that is the same on every device of an axis was broadcast to them: its cotangent is

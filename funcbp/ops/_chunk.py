@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from funcbp.core import _fit as fit
+from funcbp.core import fit
 from funcbp.jaxprs import variable
 from funcbp.ops._body import inexact, run
 from funcbp.ops._loop import Loop, zeros
