@@ -11,8 +11,8 @@ from funcbp.ops.cholesky import cholesky as cholesky
 from funcbp.ops.conv import conv as conv
 from funcbp.ops.conv_transpose import conv_transpose as conv_transpose
 from funcbp.ops.cosine_distance import cosine_distance as cosine_distance
-from funcbp.ops.crf import crf_log_likelihood as crf_log_likelihood
-from funcbp.ops.crf import crf_marginals as crf_marginals
+from funcbp.ops.crf_log_likelihood import crf_log_likelihood as crf_log_likelihood
+from funcbp.ops.crf_marginals import crf_marginals as crf_marginals
 from funcbp.ops.cross_entropy import cross_entropy as cross_entropy
 from funcbp.ops.ctc_loss import ctc_loss as ctc_loss
 from funcbp.ops.cumulative import cummax as cummax

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from funcbp.ops.crf import chain, check
+from funcbp.ops._chain import chain, check
 
 
 def viterbi(
