@@ -71,9 +71,9 @@ def _over_layers(layer, params, x):
 
 def check(f, g, params, x1, x2):
     """Raises if the layers or the functions do not fit."""
-    depth(params)
-    _same("f", f, first(params), x2, x1)
-    _same("g", g, first(params), x1, x2)
+    p = jax.eval_shape(first, params) if depth(params) else first(params)
+    _same("f", f, p, x2, x1)
+    _same("g", g, p, x1, x2)
 
 
 def _same(name, function, p, x, like):
