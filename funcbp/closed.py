@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from funcbp.mesh import vary, varying
+
 __all__ = ["Closed"]
 
 
@@ -51,7 +53,8 @@ class Closed:
         if tree != self.program.arguments:
             raise TypeError(f"traced on arguments {self.program.arguments}, called with {tree}")
         jaxpr = self.program.jaxpr
-        flat = [_varying_as(v.aval, a) for v, a in zip(jaxpr.invars, flat, strict=True)]
+        # Some may be the same on all devices where what f was traced on is not.
+        flat = [vary(a, varying(v.aval)) for v, a in zip(jaxpr.invars, flat, strict=True)]
         run = jaxpr_as_fun(ClosedJaxpr(jaxpr, self.captured))
         return jax.tree.unflatten(self.program.results, run(*flat))
 
@@ -61,10 +64,3 @@ class Closed:
     @classmethod
     def tree_unflatten(cls, program, captured):
         return cls(program, captured)
-
-
-def _varying_as(aval: Any, argument: Any) -> Any:
-    """The argument as one that varies over the mesh axes of what the function was traced on."""
-    had = jax.typeof(argument).manual_axis_type.varying
-    missing = tuple(sorted(aval.manual_axis_type.varying - had))
-    return jax.lax.pcast(argument, missing, to="varying") if missing else argument

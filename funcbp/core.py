@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from funcbp.case import Case
 from funcbp.closed import Closed
+from funcbp.mesh import vary, varying
 
 __all__ = ["Call", "Case", "InputError", "Op", "autodiff", "op", "recorded"]
 
@@ -354,7 +355,7 @@ class Op:
             plain = functools.partial(self._plain, static=static)
             tangent = jax.tree.leaves(jax.jvp(plain, tuple(arrays), tuple(tangents[1:]))[1])
             return y, [
-                _vary(tangent[i], _varying(jax.typeof(y))) for i, y in zip(places, y, strict=True)
+                vary(tangent[i], varying(jax.typeof(y))) for i, y in zip(places, y, strict=True)
             ]
 
         setattr(value, "unaudited", True)  # noqa: B010 (it is the identity)
@@ -491,25 +492,13 @@ def _fitted(cotangents: list, avals: list) -> list:
 
 def fit(cotangent: jax.Array, aval: Any) -> jax.Array:
     """The cotangent, varying over the mesh axes that its primal varies over."""
-    primal = _varying(aval)
+    primal = varying(aval)
     # A primal that is the same on every device of an axis was broadcast to them: its cotangent is
     # the sum over that axis, which plain JAX code gets by transposing the broadcast.
-    surplus = _varying(jax.typeof(cotangent)) - primal
+    surplus = varying(jax.typeof(cotangent)) - primal
     if surplus:
         cotangent = jax.lax.psum(cotangent, tuple(sorted(surplus)))
-    return _vary(cotangent, primal)
-
-
-def _vary(leaf: Any, axes: frozenset) -> Any:
-    """The same array, with a type that varies over at least these axes."""
-    if leaf.dtype == jax.dtypes.float0:
-        return leaf
-    missing = axes - _varying(jax.typeof(leaf))
-    return jax.lax.pcast(leaf, tuple(sorted(missing)), to="varying") if missing else leaf
-
-
-def _varying(aval: Any) -> frozenset:
-    return aval.manual_axis_type.varying
+    return vary(cotangent, primal)
 
 
 def _on_explicit_mesh(arrays: Any) -> bool:

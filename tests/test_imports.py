@@ -8,10 +8,11 @@ PACKAGE = Path(__file__).parent.parent / "funcbp"
 BASE = {"core", "case"}
 ALLOWED = {
     "case": set(),
-    "closed": set(),
+    "mesh": set(),
+    "closed": {"mesh"},
     "jaxprs": set(),
-    "core": {"case", "closed"},
-    "ops": BASE | {"closed", "jaxprs"},
+    "core": {"case", "closed", "mesh"},
+    "ops": BASE | {"closed", "jaxprs", "mesh"},
     "layers": BASE | {"ops"},
     "models": BASE | {"ops", "layers"},
     "data": BASE,

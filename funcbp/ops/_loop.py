@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from funcbp.closed import Program
 from funcbp.jaxprs import variable
+from funcbp.mesh import vary, varying
 from funcbp.ops import _cut
 from funcbp.ops._body import (
     Body,
@@ -180,9 +181,7 @@ def _joint(body: Body) -> Any:
 
 def zeros(aval: Any) -> jax.Array:
     """Zeros of this type, varying over the mesh axes that it does."""
-    zeros = jnp.zeros(aval.shape, aval.dtype)
-    axes = tuple(sorted(aval.manual_axis_type.varying))
-    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+    return vary(jnp.zeros(aval.shape, aval.dtype), varying(aval))
 
 
 def _sorted(loop: Loop, eqns: Sequence, late: set) -> Loop:

@@ -9,6 +9,7 @@ from jax import lax, tree
 from jax.flatten_util import ravel_pytree
 
 from funcbp.core import InputError
+from funcbp.mesh import vary, varying
 from funcbp.ops._numeric import loop_zeros
 
 
@@ -23,7 +24,7 @@ def steady(step: Callable, carry: Any, *examples: Any) -> Any:
         return carry
     given, structure = tree.flatten(carry)
     returned = jax.make_jaxpr(step)(carry, *examples).out_avals
-    axes = frozenset().union(*map(_varying, (*map(jax.typeof, given), *returned)))
+    axes = frozenset().union(*map(varying, (*map(jax.typeof, given), *returned)))
     leaves = [_typed(leaf, aval, axes) for leaf, aval in zip(given, returned, strict=True)]
     return tree.unflatten(structure, leaves)
 
@@ -33,21 +34,16 @@ def placed(x: Any, like: Any) -> Any:
 
     def one(x, like):
         aval = jax.typeof(like)
-        return _typed(x, aval, _varying(aval))
+        return _typed(x, aval, varying(aval))
 
     return tree.map(one, x, like)
 
 
 def _typed(leaf: Any, aval: Any, axes: frozenset) -> Any:
-    missing = tuple(sorted(axes - _varying(jax.typeof(leaf))))
-    leaf = lax.pcast(leaf, missing, to="varying") if missing else leaf
+    leaf = vary(leaf, axes)
     if aval.sharding.mesh.explicit_axes and aval.sharding != jax.typeof(leaf).sharding:
         leaf = jax.sharding.reshard(leaf, aval.sharding)
     return leaf
-
-
-def _varying(aval: Any) -> frozenset:
-    return aval.manual_axis_type.varying
 
 
 def depth(params: Any) -> int:

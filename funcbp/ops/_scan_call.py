@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcbp.closed import Closed, Program
+from funcbp.mesh import vary, varying
 from funcbp.ops import _chunk
 from funcbp.ops._body import inexact
 from funcbp.ops._chunk import Steps
@@ -38,7 +39,7 @@ def _joined(a: Any, new: Any) -> Any:
     """The type of a carry that begins as `a`, where f gives `new`."""
     if getattr(a, "weak_type", False):
         a = a.update(dtype=jnp.promote_types(a.dtype, new.dtype), weak_type=False)
-    if a.shape != new.shape or not new.manual_axis_type.varying > a.manual_axis_type.varying:
+    if a.shape != new.shape or not varying(new) > varying(a):
         return a
     return a.update(sharding=new.sharding, manual_axis_type=new.manual_axis_type)
 
@@ -71,8 +72,7 @@ def carried(f: Closed, init: Any) -> Any:
 
 def _cast(v: Array, aval: Any) -> Array:
     v = v if v.dtype == aval.dtype else v.astype(aval.dtype)
-    axes = aval.manual_axis_type.varying - jax.typeof(v).manual_axis_type.varying
-    return lax.pcast(v, tuple(sorted(axes)), to="varying") if axes else v
+    return vary(v, varying(aval))
 
 
 class Chunks(NamedTuple):
