@@ -59,7 +59,7 @@ def _saves(op: Op) -> str:
 def measured(results: dict[str, Any]) -> str:
     """A Markdown table of a run of the bench, as `funcbp bench --json` writes it."""
     names = ("time", "saved", "temporary", "error")
-    found = {(r["op"], r["dtype"], r["against"]): r for r in results["rows"]}
+    found = {(r["title"], r["dtype"], r["against"]): r for r in results["rows"]}
     found |= {(f"*mean, {m['kind']}*", m["dtype"], m["against"]): m for m in results["means"]}
 
     def cell(op, against, name):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcbp.bench.peers import Unavailable, counterpart
+from funcbp.bench.peers import Unavailable, counterpart, takes
 from funcbp.bench.roofline import Roofline
 from funcbp.case import Case
 from funcbp.check.compare import saved_bytes, split, widened
@@ -42,6 +42,7 @@ class Row(NamedTuple):
         op: its name.
         kind: pointwise, if each number of the result depends on one of each argument; else other.
         case: the name of its bench case.
+        title: the op's name, and the case's where the op has several for the bench.
         dtype: of the floating arguments.
         against: autodiff (of the op's plain function), jax, flax or torch.
         seconds: median time of the rule's value and gradient.
@@ -56,6 +57,7 @@ class Row(NamedTuple):
     op: str
     kind: str
     case: str
+    title: str
     dtype: str
     against: str
     seconds: float
@@ -75,7 +77,7 @@ class _Contender(NamedTuple):
     run: Callable[[], Any]
     saved: int | None
     temporary: int | None
-    error: float | None
+    errors: list[np.ndarray | None] | None
     flops: float = 0.0
     bytes: float = 0.0
 
@@ -140,6 +142,7 @@ def measure(
             op.name,
             _kind(op, case, dtype),
             case.name,
+            f"{op.name}, {case.name}" if sum(c.bench for c in op.cases) > 1 else op.name,
             dtype,
             name,
             seconds,
@@ -149,7 +152,7 @@ def measure(
             noise,
             _ratio(rule.saved, other.saved),
             _ratio(rule.temporary, other.temporary),
-            _ratio(rule.error, other.error),
+            _of_errors(rule.errors, other.errors),
             share,
         )
 
@@ -176,7 +179,7 @@ def _ours(f: Callable, case: Case, dtype: str, draws: Sequence[_Draw]) -> _Conte
         lambda: jax.block_until_ready(compiled(floating, fixed, dy)),
         saved_bytes(f, *args, **kwargs),
         memory.temp_size_in_bytes if memory is not None else None,
-        _error(f, draws) if draws else None,
+        _errors(f, draws) if draws else None,
         float(cost.get("flops", 0.0)),
         moved,
     )
@@ -231,15 +234,29 @@ def _is_known(rule: np.ndarray, plain: np.ndarray) -> np.ndarray:
         return (_relative(rule, plain) < SURE) | (np.abs(rule - plain) > ROUNDING * scale)
 
 
-def _error(f: Callable, draws: Sequence[_Draw]) -> float:
-    """The mean relative error of all elements of value and cotangents, each at most 1."""
-    errors: list[np.ndarray] = []
+def _errors(f: Callable, draws: Sequence[_Draw]) -> list[np.ndarray | None]:
+    """For each draw the relative errors of value and cotangents; None if f has no such settings."""
+    errors: list[np.ndarray | None] = []
     programs: dict[Any, Callable] = {}
     for layout, floating, fixed, dy, truth, known in draws:
+        if not takes(f, layout.settings):
+            errors.append(None)
+            continue
         run = programs.setdefault(layout, jax.jit(_pulled(f, layout)))
         got = map(widened, jax.tree.leaves(run(floating, fixed, dy)))
-        errors += [_relative(g, t)[k] for g, t, k in zip(got, truth, known, strict=True)]
-    return float(np.mean(np.concatenate(errors))) if errors else 0.0
+        found = [_relative(g, t)[k] for g, t, k in zip(got, truth, known, strict=True)]
+        errors.append(np.concatenate(found))
+    return errors
+
+
+def _of_errors(ours: Sequence | None, theirs: Sequence | None) -> float | None:
+    """The ratio of the mean errors, each at most 1, on the draws that both take."""
+    if ours is None or theirs is None:
+        return None
+    both = [(a, b) for a, b in zip(ours, theirs, strict=True) if b is not None]
+    if not both:
+        return None
+    return _ratio(*(float(np.mean(np.concatenate(errors))) for errors in zip(*both, strict=True)))
 
 
 def _relative(got: np.ndarray, truth: np.ndarray) -> np.ndarray:

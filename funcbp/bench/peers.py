@@ -6,8 +6,9 @@ in its layouts: a counterpart that wants others is given them outside of what is
 
 import functools
 import importlib
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 from funcbp.case import Case
 from funcbp.core import InputError, Op
 
-__all__ = ["AGAINST", "Unavailable", "counterpart", "require"]
+__all__ = ["AGAINST", "Unavailable", "counterpart", "require", "takes"]
 
 AGAINST = ("autodiff", "jax", "flax", "torch")
 
@@ -54,7 +55,7 @@ def counterpart(name: str, op: Op, case: Case, dtype: str, compiled: Callable) -
     """
     if name == "jax":
         function = op.like or JAX.get(op.name)
-        if function is None:
+        if function is None or not takes(function, case.kwargs):
             raise Unavailable
         return compiled(function)
     if name == "flax":
@@ -66,10 +67,16 @@ def counterpart(name: str, op: Op, case: Case, dtype: str, compiled: Callable) -
     return _torch(op, case, dtype)
 
 
+def takes(f: Callable, settings: Iterable[str]) -> bool:
+    """Whether f has arguments of all these names."""
+    known = inspect.signature(f).parameters
+    return any(p.kind is p.VAR_KEYWORD for p in known.values()) or set(settings) <= set(known)
+
+
 class _Torch:
     """Value and gradient by torch's autograd, on the CPU."""
 
-    temporary = error = None
+    temporary = errors = None
 
     def __init__(self, f: Callable, inputs: list[Any]):
         self.f, self.inputs = f, inputs
@@ -169,11 +176,14 @@ TORCH: dict[str, Callable[[Any], Callable]] = {
 }
 
 
-def _joined_recurrence(a, b, h0=None):
+def _joined_recurrence(a, b, h0=None, *, axis=-2, reverse=False):
     def then(first, second):
         return first[0] * second[0], second[0] * first[1] + second[1]
 
-    return jax.lax.associative_scan(then, (jnp.broadcast_to(a, b.shape), b), axis=-2)[1]
+    axis %= b.ndim
+    steps = (jnp.broadcast_to(a, b.shape), b)
+    factor, h = jax.lax.associative_scan(then, steps, axis=axis, reverse=reverse)
+    return h if h0 is None else h + factor * jnp.expand_dims(h0, axis)
 
 
 # JAX's own ways to what it has no function for.

@@ -124,7 +124,7 @@ class Results(NamedTuple):
         for kind, dtype, against, means in self.means():
             table.add_row(f"{MEAN}, {kind}", _short(dtype), against, *_mean_cells(means))
         for row in self.worst():
-            table.add_row(f"slowest: {row.op}", *_cells(row)[1:])
+            table.add_row(f"slowest: {row.title}", *_cells(row)[1:])
         return table
 
     def to_json(self) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _mean_cells(means: dict[str, float | None]) -> tuple[str, ...]:
 def _cells(row: Row) -> tuple[str, ...]:
     time, *rest = (_number(getattr(row, name)) for name in RATIOS)
     ms, spread = f"{row.seconds * 1e3:.3g}", f"{row.low:.2f}-{row.high:.2f}"
-    return row.op, _short(row.dtype), row.against, ms, time, spread, *rest, f"{row.share:.0%}"
+    return row.title, _short(row.dtype), row.against, ms, time, spread, *rest, f"{row.share:.0%}"
 
 
 def _short(dtype: str) -> str:

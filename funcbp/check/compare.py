@@ -237,6 +237,11 @@ class Layout(NamedTuple):
     tree: Any
     entries: tuple[Any, ...]
 
+    @property
+    def settings(self) -> set[str]:
+        """The names of what is passed by keyword."""
+        return set(jax.tree.unflatten(self.tree, self.entries)[1])
+
     def call(self, f: Callable, floating: dict[str, Any], fixed: list[Any]) -> Any:
         """Calls f with these arrays in their places."""
         leaves = [

@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from funcbp.core import fit
 from funcbp.jaxprs import variable
 from funcbp.ops._body import inexact, run
+from funcbp.ops._buffers import scan
 from funcbp.ops._loop import Loop, zeros
 from funcbp.ops._products import of_constant, of_operand, reduced
 
@@ -28,7 +29,7 @@ class Steps(NamedTuple):
         return self._replace(length=length)
 
     def scan(self, step: Any, carry: Any, xs: Any, back: bool = False) -> Any:
-        return lax.scan(step, carry, xs, self.length, self.reverse != back, self.unroll)
+        return scan(step, carry, xs, self.length, self.reverse != back, self.unroll)
 
 
 def constants_of(loop: Loop, given: Sequence) -> list:

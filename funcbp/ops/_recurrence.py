@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from funcbp.ops._buffers import bits, floats
 from funcbp.ops._numeric import loop_zeros, wide
 
 # A row of fewer numbers is not worth the step of a loop.
@@ -67,10 +68,10 @@ def along(step: Callable, init: Array, like: Any, axis: int, reverse: bool, with
         state, y = both
         t = size - 1 - i if reverse else i
         state, row = step(t, state)
-        return state, lax.dynamic_update_index_in_dim(y, row.astype(y.dtype), t, axis)
+        return state, lax.dynamic_update_index_in_dim(y, bits(row.astype(like.dtype)), t, axis)
 
-    y = jnp.zeros(like.shape, like.dtype) + zero.astype(like.dtype)
-    return lax.fori_loop(0, size, one, (init + zero, y))[1]
+    y = bits(jnp.zeros(like.shape, like.dtype) + zero.astype(like.dtype))
+    return floats(lax.fori_loop(0, size, one, (init + zero, y))[1], like.dtype)
 
 
 def by_platform(sequential: Callable, tree: Callable, like: Any, axis: int, *args: Any) -> Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcbp.core import InputError
+from funcbp.ops._buffers import bits, floats
 from funcbp.ops._numeric import loop_zeros, rows, wide
 from funcbp.ops._steps import Steps, counted, masked, put, select, taken
 from funcbp.ops.linear import product
@@ -166,7 +167,9 @@ def forward(cell: Cell, layer: Layer, parts: int, **settings) -> tuple[Array, tu
             lambda v: zeros(steps.length, *v.shape).astype(layer.dtype), (kept, after[1:])
         )
     y = zeros(*x.shape[:2], hidden).astype(layer.dtype)
+    y, store = jax.tree.map(bits, (y, store))
     state, y, starts, store = steps.over_chunks(chunk, (state, y, starts, store))
+    y, store = jax.tree.map(lambda v: floats(v, layer.dtype), (y, store))
     state = tuple(v.astype(layer.dtype) for v in state)
     return y, state, Saved(layer, y, starts, *(store or (None, None)))
 
@@ -205,11 +208,11 @@ def backward(cell: Cell, saved: Saved, dy: Array, dstate: tuple, **settings) -> 
 
     init = (
         tuple(zeros(v) + v for v in dstate),
-        zeros(layer.x).astype(layer.x.dtype),
+        bits(zeros(layer.x).astype(layer.x.dtype)),
         jax.tree.map(zeros, (w, u, layer.b, layer.c)),
     )
     dstate, dx, dweights = steps.over_chunks(chunk, init, backward=True)
-    dw, du, db, dc = dweights
+    dx, (dw, du, db, dc) = floats(dx, layer.x.dtype), dweights
     return Layer(dx, dw, du, db, dc, None if layer.state is None else dstate, None)
 
 

@@ -11,6 +11,7 @@ from funcbp.closed import Closed, Program
 from funcbp.mesh import vary, varying
 from funcbp.ops import _chunk
 from funcbp.ops._body import inexact
+from funcbp.ops._buffers import scan
 from funcbp.ops._chunk import Steps
 from funcbp.ops._loop import loop_of
 
@@ -105,7 +106,7 @@ class Chunks(NamedTuple):
             return step(state, *at)
 
         firsts = self.first(jnp.arange(self.count))
-        return lax.scan(one, state, (firsts, xs), reverse=self.steps.reverse != back)
+        return scan(one, state, (firsts, xs), reverse=self.steps.reverse != back)
 
     def joined(self, chunks: Any, rest: Any) -> Any:
         """Stacks of chunks and what the steps left over gave, as one."""

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from funcbp.ops._buffers import bits
+
 # So many rows (steps times batch) make one product: enough for its rate, small enough for a cache.
 ROWS = 256
 
@@ -70,8 +72,9 @@ def taken(v: Array, start: Any, size: int, axis: int = 0) -> Array:
 
 
 def put(buffer: Array, v: Array, start: Any, axis: int = 0) -> Array:
-    """The buffer with v, whose axis 0 belongs at `axis`, written from `start` on."""
-    v = jnp.moveaxis(v, 0, axis).astype(buffer.dtype)
+    """The buffer, of `bits`, with v, whose axis 0 belongs at `axis`, written from `start` on."""
+    v = v.astype(jnp.bfloat16 if buffer.dtype == jnp.uint16 else buffer.dtype)
+    v = bits(jnp.moveaxis(v, 0, axis))
     return jax.lax.dynamic_update_slice_in_dim(buffer, v, start, axis)
 
 

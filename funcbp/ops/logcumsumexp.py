@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from funcbp.case import Case, normal, values
 from funcbp.core import InputError, op
 from funcbp.ops._numeric import wide
+from funcbp.ops._recurrence import before, pulled, row_shape, running
 
 
 def plain(
@@ -56,33 +57,20 @@ def check(operand, axis, reverse):
 
 
 def fwd(operand, axis, reverse):
-    x = wide(operand)
-    y = jax.lax.associative_scan(jnp.logaddexp, x, axis=axis, reverse=reverse)
+    y = running(jnp.logaddexp, _tree, wide(operand), axis, reverse)
     return y.astype(operand.dtype), (operand, y)
+
+
+def _tree(x, axis, reverse):
+    return jax.lax.associative_scan(jnp.logaddexp, x, axis=axis, reverse=reverse)
 
 
 def bwd(saved, dy, *, axis, reverse):
     x, y = saved
-    # From here the sum runs forward: the next y is the one after, or with `reverse` before.
-    n = x.shape[axis]
-    here = jax.lax.slice_in_dim(y, 1, n, axis=axis) if reverse else _but_last(y, axis)
-    after = _but_last(y, axis) if reverse else jax.lax.slice_in_dim(y, 1, n, axis=axis)
-    edge = jnp.zeros_like(jax.lax.slice_in_dim(y, 0, 1, axis=axis))
-    factor = jnp.where(here == -jnp.inf, 0, jnp.exp(here - after))
-    parts = (edge, factor) if reverse else (factor, edge)
-    factor = jnp.concatenate(parts, axis=axis)
-    _, g = jax.lax.associative_scan(_then, (factor, wide(dy)), axis=axis, reverse=not reverse)
-    return (jnp.where(y == -jnp.inf, 0, jnp.exp(wide(x) - y)) * g,)
-
-
-def _but_last(y, axis):
-    return jax.lax.slice_in_dim(y, 0, y.shape[axis] - 1, axis=axis)
-
-
-def _then(first, second):
-    """The step g -> d + f g after another such step."""
-    (f, d), (f2, d2) = first, second
-    return f * f2, d2 + f2 * d
+    last = before(y, jnp.full(row_shape(y, axis), -jnp.inf, y.dtype), axis, reverse)
+    factor = jnp.where(last == -jnp.inf, 0, jnp.exp(last - y))
+    share = jnp.where(y == -jnp.inf, 0, jnp.exp(wide(x) - y))
+    return (pulled(factor, dy, axis, reverse, share),)
 
 
 INF = float("inf")

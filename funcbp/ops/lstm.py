@@ -142,5 +142,6 @@ lstm = op(
         ),
         Case("no step", (2, 0, 3), (3, 4), (1, 4), dtypes=("float32",), transformed=False),
         Case("sequence", (32, 128, 128), *WEIGHTS, bench=True),
+        Case("long, recomputed", (32, 1024, 128), *WEIGHTS, remat_every=16, bench=True),
     ),
 )

@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, PyTree
 
 from funcbp.case import Case, closing, normal
 from funcbp.core import InputError, op
+from funcbp.ops._buffers import scan
 from funcbp.ops._loops import depth, first, steady
 from funcbp.ops._numeric import loop_zeros, wide
 
@@ -122,7 +123,7 @@ def bwd(saved, dy):
 
     dy = (wide(dy[0]), wide(dy[1]))
     carry = (y, dy, _zeros(f), _zeros(g))
-    (_, (dx1, dx2), df, dg), dp = lax.scan(layer, carry, params, length=depth(params), reverse=True)
+    (_, (dx1, dx2), df, dg), dp = scan(layer, carry, params, length=depth(params), reverse=True)
     return df, dg, dp, dx1, dx2
 
 

@@ -277,5 +277,13 @@ scan = op(
             (128, 32, 128),
             bench=True,
         ),
+        Case(
+            "recurrent, recomputed",
+            closing(_cell, (128, 256), (256, 256), (256,)),
+            (32, 256),
+            (128, 32, 128),
+            store="sqrt",
+            bench=True,
+        ),
     ),
 )

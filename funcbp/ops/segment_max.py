@@ -38,15 +38,8 @@ def plain(
     """The largest entry of data in each segment and column.
 
     Args:
-      data: [n, ...].
-      segment_ids: [n], the segment of each row, from 0; in any order.
-      num_segments: how many segments there are; None for max(segment_ids) + 1, where the ids are
-        no tracers.
-      indices_are_sorted: promises that segment_ids never falls, which is faster.
-      unique_indices: promises that no two ids are equal.
-      bucket_size: takes so many rows at a time, then the largest of these.
-      mode: what happens to ids out of range, a jax.lax.GatherScatterMode; None leaves them out.
-      out_sharding: of the result, on Explicit axes.
+      data, segment_ids, num_segments, indices_are_sorted, unique_indices, bucket_size, mode,
+        out_sharding: as for segment_sum.
 
     Returns:
       [num_segments, ...], in data's dtype; -inf for a segment without rows.

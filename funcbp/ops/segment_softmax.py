@@ -31,11 +31,7 @@ def plain(
     """exp(data) over the sum of it in each segment.
 
     Args:
-      data: [n, ...].
-      segment_ids: [n], the segment of each row, from 0; in any order.
-      num_segments: how many segments there are; None for max(segment_ids) + 1, where the ids are
-        no tracers.
-      indices_are_sorted: promises that segment_ids never falls, which is faster.
+      data, segment_ids, num_segments, indices_are_sorted: as for segment_sum.
 
     Returns:
       [n, ...], in data's dtype; sums to 1 over each segment.

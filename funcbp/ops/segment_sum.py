@@ -105,11 +105,7 @@ def plain_mean(
     """The mean of the rows of data in each segment, 0 for one without rows.
 
     Args:
-      data: [n, ...].
-      segment_ids: [n], the segment of each row, from 0; a row with an id out of range is left out.
-      num_segments: how many segments there are; None for max(segment_ids) + 1, where the ids are
-        no tracers.
-      indices_are_sorted: promises that segment_ids never falls, which is faster.
+      data, segment_ids, num_segments, indices_are_sorted: as for segment_sum.
 
     Returns:
       [num_segments, ...], in data's dtype.
