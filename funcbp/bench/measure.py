@@ -197,8 +197,10 @@ def _pulled(f: Callable, layout: Any) -> Callable:
         if dy is None:
             return layout.call(f, floating, fixed), None
         y, pullback = jax.vjp(lambda floating: layout.call(f, floating, fixed), floating)
-        # A counterpart may return a wider dtype than the op.
-        return y, pullback(jax.tree.map(lambda d, y: d.astype(y.dtype), dy, y))[0]
+        # A counterpart may return a wider dtype than the op, and its own kind of tuple.
+        leaves, tree = jax.tree.flatten(y)
+        d = [d.astype(y.dtype) for d, y in zip(jax.tree.leaves(dy), leaves, strict=True)]
+        return y, pullback(jax.tree.unflatten(tree, d))[0]
 
     return run
 

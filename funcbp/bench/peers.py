@@ -57,7 +57,10 @@ def counterpart(name: str, op: Op, case: Case, dtype: str, compiled: Callable) -
         function = op.like or JAX.get(op.name)
         if function is None or not takes(function, case.kwargs):
             raise Unavailable
-        return compiled(function)
+        try:
+            return compiled(function)
+        except NotImplementedError:  # of a dtype
+            raise Unavailable from None
     if name == "flax":
         if op.name not in FLAX:
             raise Unavailable

@@ -63,6 +63,29 @@ def test_a_worse_rule_has_larger_figures():
     assert better["autodiff"].error is None
 
 
+def test_a_counterpart_is_measured_where_it_takes_the_settings():
+    """jax.lax.scan knows no `store`: it has no row for such a case, and no share in its digits."""
+    first, chunks, *_ = ops.scan.cases
+    stored, recomputed = (
+        Case(name, *case.args, **case.kwargs, bench=True)
+        for name, case in (("stored", first), ("recomputed", chunks))
+    )
+    settings = {name: getattr(ops.scan, name) for name in ("like", "functions", "check")}
+    cases = (first, chunks, stored, recomputed)
+    scan = op(ops.scan.plain, ops.scan.fwd, ops.scan.bwd, cases=cases, name="scan", **settings)
+    found = [
+        row
+        for case in (stored, recomputed)
+        for row in measure(scan, case, "float32", ["autodiff", "jax"], LIMITS, rounds=3)
+    ]
+    assert [(row.title, row.against) for row in found] == [
+        ("scan, stored", "autodiff"),
+        ("scan, stored", "jax"),
+        ("scan, recomputed", "autodiff"),
+    ]
+    assert all(row.error is not None for row in found)
+
+
 def test_results_are_shown_in_every_form(tmp_path):
     found = (*rows(ops.silu).values(), *rows(ops.tanh, dtype="bfloat16").values())
     result = Results(Machine.here(LIMITS.flops, LIMITS.bandwidth), found, ("left",))
