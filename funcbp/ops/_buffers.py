@@ -22,6 +22,12 @@ def floats(x: Array, dtype: Any) -> Array:
     return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
 
+def put(buffer: Array, v: Array, start: Any, axis: int = 0) -> Array:
+    """The buffer with v, in its dtype, from `start` on along the axis."""
+    v = v.astype(jnp.bfloat16 if buffer.dtype == jnp.uint16 else buffer.dtype)
+    return lax.dynamic_update_slice_in_dim(buffer, bits(v), start, axis)
+
+
 def scan(
     step: Callable,
     init: Any,

@@ -5,6 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax, tree
 
+from funcbp.ops._buffers import put
+
 
 def padded(x: Array, chunk: int) -> Array:
     """x with zeros at the end, up to a whole number of chunks, and to one at least."""
@@ -18,9 +20,5 @@ def taken(arrays: Any, i: Any, chunk: int) -> Any:
 
 
 def filled(arrays: Any, parts: Any, i: Any, chunk: int) -> Any:
-    """The arrays with these as their chunk i, in place within a loop."""
-
-    def put(x, part):
-        return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), i * chunk, 1)
-
-    return tree.map(put, arrays, parts)
+    """The arrays, held as `bits`, with these as their chunk i, in place within a loop."""
+    return tree.map(lambda x, part: put(x, part, i * chunk, 1), arrays, parts)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from funcbp.core import InputError
-from funcbp.ops._buffers import bits, floats
+from funcbp.ops._buffers import bits, floats, put
 from funcbp.ops._numeric import loop_zeros, rows, wide
-from funcbp.ops._steps import Steps, counted, masked, put, select, taken
+from funcbp.ops._steps import Steps, counted, masked, select, taken
 from funcbp.ops.linear import product
 
 
@@ -150,7 +150,7 @@ def forward(cell: Cell, layer: Layer, parts: int, **settings) -> tuple[Array, tu
         starts = tuple(put(s, v[None], number) for s, v in zip(starts, state, strict=True))
         state, (kept, states) = run(cell, layer, steps, state, start, size)
         valid = counted(lengths, start, size)
-        y = put(y, masked(valid, states[0]), start, steps.axis)
+        y = put(y, jnp.moveaxis(masked(valid, states[0]), 0, steps.axis), start, steps.axis)
         if store is not None:
             store = jax.tree.map(lambda s, v: put(s, v, start), store, (kept, states[1:]))
         return state, y, starts, store
@@ -198,7 +198,7 @@ def backward(cell: Cell, saved: Saved, dy: Array, dstate: tuple, **settings) -> 
         dstate, (dz, dq) = jax.lax.scan(step, dstate, now, reverse=not steps.reverse)
         dz = dz.astype(dtype)
         dq = dz if dq is None else dq.astype(dtype)
-        dx = put(dx, product(dz, wt), start, steps.axis)
+        dx = put(dx, jnp.moveaxis(product(dz, wt), 0, steps.axis), start, steps.axis)
         xs, h = taken(layer.x, start, size, steps.axis), before[0].astype(dtype)
         sums = (_weight(xs, dz), _weight(h, dq), _bias(layer.b, dz), _bias(layer.c, dq))
         return dstate, dx, jax.tree.map(jnp.add, dweights, sums)

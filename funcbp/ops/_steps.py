@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from funcbp.ops._buffers import bits
-
 # So many rows (steps times batch) make one product: enough for its rate, small enough for a cache.
 ROWS = 256
 
@@ -69,13 +67,6 @@ def counted(lengths: Array | None, start: Any, size: int) -> Array | None:
 def taken(v: Array, start: Any, size: int, axis: int = 0) -> Array:
     """v[start : start + size] along `axis`, which comes to the front."""
     return jnp.moveaxis(jax.lax.dynamic_slice_in_dim(v, start, size, axis), axis, 0)
-
-
-def put(buffer: Array, v: Array, start: Any, axis: int = 0) -> Array:
-    """The buffer, of `bits`, with v, whose axis 0 belongs at `axis`, written from `start` on."""
-    v = v.astype(jnp.bfloat16 if buffer.dtype == jnp.uint16 else buffer.dtype)
-    v = bits(jnp.moveaxis(v, 0, axis))
-    return jax.lax.dynamic_update_slice_in_dim(buffer, v, start, axis)
 
 
 def select(valid: Array | None, a: Any, b: Any) -> Any:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from funcbp.core import InputError
+from funcbp.ops._buffers import scan
 
 Padding = str | tuple[tuple[int, int], ...]
 PADDINGS = ("SAME", "SAME_LOWER", "VALID")
@@ -127,7 +128,7 @@ def in_parts(f: Callable, w: Windows, *arrays: Array) -> Array:
     def one_by_one(*arrays):
         group = (batch // part, part) if part > 1 else (batch,)
         grouped = [a.reshape(*group, *a.shape[-axes:]) for a in arrays]
-        y = lax.map(lambda several: f(*several), grouped)
+        _, y = scan(lambda _, several: (None, f(*several)), None, grouped)
         return y.reshape(*outer, *y.shape[-axes:])
 
     # Elsewhere all examples at once: a loop over them would idle most of the device.

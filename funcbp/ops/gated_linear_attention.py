@@ -35,6 +35,7 @@ from jaxtyping import Array, Float
 
 from funcbp.case import Case, uniform
 from funcbp.core import InputError, op
+from funcbp.ops._buffers import bits, floats
 from funcbp.ops._chunks import filled, padded, taken
 from funcbp.ops._numeric import loop_zeros, wide
 
@@ -104,9 +105,9 @@ def fwd(q, k, v, g, *, chunk):
     dtype = jnp.result_type(q, k, v, g)
     like = (q, k, v, g)
     s = loop_zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), like)
-    o = loop_zeros(arrays[2].shape, like).astype(dtype)
+    o = bits(loop_zeros(arrays[2].shape, like).astype(dtype))
     (_, o), states = jax.lax.scan(step, (s, o), jnp.arange(arrays[0].shape[1] // size))
-    return o[:, : q.shape[1]], (q, k, v, g, states)
+    return floats(o, dtype)[:, : q.shape[1]], (q, k, v, g, states)
 
 
 def bwd(saved, do, *, chunk):
@@ -121,11 +122,11 @@ def bwd(saved, do, *, chunk):
         return (ds, filled(outs, [_heads_last(p) for p in parts], i, size)), None
 
     like = (*arguments, do)
-    outs = [loop_zeros(x.shape, like).astype(x.dtype) for x in arrays[:-1]]
+    outs = [bits(loop_zeros(x.shape, like).astype(x.dtype)) for x in arrays[:-1]]
     ds = loop_zeros(states.shape[1:], like)
     chunks = (jnp.arange(len(states)), states)
     _, outs = jax.lax.scan(step, (ds, outs), chunks, reverse=True)[0]
-    return tuple(x[:, :steps] for x in outs)
+    return tuple(floats(x, a.dtype)[:, :steps] for x, a in zip(outs, arguments, strict=True))
 
 
 def _size(x, chunk):

@@ -27,8 +27,8 @@ from funcbp.case import Case, normal, values
 from funcbp.core import InputError, op
 from funcbp.ops._attention import backward, forward
 from funcbp.ops._attention_blocks import Extras, Rules
+from funcbp.ops._attention_checks import check_settings
 from funcbp.ops._numeric import contracted, wide
-from funcbp.ops.dot_product_attention import check_settings
 from funcbp.ops.dot_product_attention import plain as attention
 
 

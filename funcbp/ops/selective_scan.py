@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 
 from funcbp.case import Case, uniform
 from funcbp.core import InputError, op
+from funcbp.ops._buffers import bits, floats
 from funcbp.ops._chunks import filled, padded, taken
 from funcbp.ops._numeric import loop_zeros, wide
 
@@ -119,9 +120,9 @@ def fwd(x, delta, A, B, C, D, *, chunk):
     dtype = _dtype(x, delta, A, B, C, D)
     like = (x, delta, A, B, C)
     h = loop_zeros((len(x), *rates.shape), like)
-    y = loop_zeros(arrays[0].shape, (*like, D)).astype(dtype)
+    y = bits(loop_zeros(arrays[0].shape, (*like, D)).astype(dtype))
     (_, y), states = jax.lax.scan(over_chunk, (h, y), jnp.arange(arrays[0].shape[1] // size))
-    return y[:, : x.shape[1]], (x, delta, A, B, C, D, states)
+    return floats(y, dtype)[:, : x.shape[1]], (x, delta, A, B, C, D, states)
 
 
 def _now(arrays, t):
@@ -147,11 +148,13 @@ def bwd(saved, dy, *, chunk):
         return (carried, dA, filled(outs, parts, i, size)), None
 
     zeros = loop_zeros(states.shape[1:], like)
-    outs = [loop_zeros(a.shape, like).astype(a.dtype) for a in arrays[:4]]
+    outs = [bits(loop_zeros(a.shape, like).astype(a.dtype)) for a in arrays[:4]]
     init = (zeros, zeros, outs)
     chunks = (jnp.arange(len(states)), states)
     (_, dA, outs), _ = jax.lax.scan(over_chunk, init, chunks, reverse=True)
-    dx, ddelta, dB, dC = (a[:, : x.shape[1]] for a in outs)
+    dx, ddelta, dB, dC = (
+        floats(d, a.dtype)[:, : x.shape[1]] for d, a in zip(outs, arrays, strict=False)
+    )
     dD = None
     if D is not None:
         dx = wide(dx) + wide(D) * wide(dy)
