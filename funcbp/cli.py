@@ -225,6 +225,12 @@ def bench(
     html_file: Annotated[
         Path | None, typer.Option("--html", help="Write the result here as a page.")
     ] = None,
+    renew: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Put these rows into FILE, which --json wrote on this machine."
+        ),
+    ] = None,
 ) -> None:
     """Measure each rule beside autodiff and public counterparts: time, memory and digits.
 
@@ -241,8 +247,9 @@ def bench(
     chosen = {name: ops[name] for name in names or ops}
     if overhead:
         return _overhead(chosen)
-    for path in (json_file, html_file):
+    for path in (json_file, html_file, renew):
         page.require_writable(path)
+    older = None if renew is None else benchmark.Results.read(renew)
     contenders = [name for name in against.split(",") if name]
     result = benchmark.run(chosen, contenders, device=device, quick=quick)
     console = Console()
@@ -250,6 +257,8 @@ def bench(
     if result.left_out:
         console.print(f"not reached in the time of a quick run: {', '.join(result.left_out)}")
     result.write(json_file, html_file)
+    if older is not None:
+        older.renewed(result).write(renew, None)
 
 
 def _overhead(ops: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from funcbp import page
 from funcbp.bench.measure import Row
+from funcbp.core import InputError
 
 __all__ = ["Machine", "Results"]
 
@@ -127,6 +128,35 @@ class Results(NamedTuple):
             table.add_row(f"slowest: {row.title}", *_cells(row)[1:])
         return table
 
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        """What `write` wrote as JSON. Raises InputError if it is nothing of the kind."""
+        try:
+            data = json.loads(path.read_text())
+            rows = [Row(**{n: _number_of(v, n) for n, v in row.items()}) for row in data["rows"]]
+            return cls(Machine(**data["machine"]), tuple(rows), tuple(data["left_out"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} must be a result that --json of this version wrote: {error}; run the "
+                "bench of all ops anew"
+            ) from None
+
+    def renewed(self, newer: "Results") -> "Results":
+        """These rows, with those of a later run on the same machine in place of their ops'.
+
+        Raises InputError if the machines differ.
+        """
+        ours, theirs = ((m.device, m.cores, m.jax, m.python) for m in (self.machine, newer.machine))
+        if ours != theirs:
+            raise InputError(
+                f"results must be of one machine to stand in one table, got {ours} and {theirs}; "
+                "run the bench of all ops here"
+            )
+        names = {row.op for row in newer.rows}
+        rows = [row for row in self.rows if row.op not in names]
+        rows = sorted([*rows, *newer.rows], key=lambda row: row.op)
+        return self._replace(rows=tuple(rows), left_out=tuple(set(self.left_out) - names))
+
     def to_json(self) -> dict[str, Any]:
         """Machine, rows and means as plain data."""
         return {
@@ -186,6 +216,10 @@ def _number(value: float | None) -> str:
 def _mean(values: Iterable[float | None]) -> float | None:
     known: Sequence[float] = [max(v, LEAST) for v in values if v is not None and math.isfinite(v)]
     return math.exp(sum(map(math.log, known)) / len(known)) if known else None
+
+
+def _number_of(value: Any, name: str) -> Any:
+    return math.inf if value == "inf" and name in RATIOS else value
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

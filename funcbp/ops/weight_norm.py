@@ -8,6 +8,8 @@ Backward. ds_j/dv_ij = v_ij / s_j, so
     dv_ij = g_j (dw_ij - v_ij sum_k dw_kj v_kj / s_j^2) / s_j
     dg_j = sum_i dw_ij v_ij / s_j
 
+Of a kernel of one row nothing turns: the terms in brackets cancel but for dw_ij epsilon / s_j^2.
+
 Saves: v and g, arguments, and one number for each output feature: s.
 Edge:  a column of zeros gives w = 0 and dv = g dw / epsilon^1/2; no rows give dg = 0.
 Dtype: computes in float32 or wider; w has v's dtype.
@@ -65,7 +67,9 @@ def bwd(saved, dw, *, epsilon):
     v, g, s = saved
     v, dw = wide(v), wide(dw)
     along = _sums(dw * v)
-    return wide(g) * ((dw - v * (along / jnp.square(s))) / s), along / s
+    one_row = v.size == v.shape[-1]
+    turning = dw * (epsilon / jnp.square(s)) if one_row else dw - v * (along / jnp.square(s))
+    return wide(g) * (turning / s), along / s
 
 
 weight_norm = op(

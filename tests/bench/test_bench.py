@@ -104,6 +104,24 @@ def test_results_are_shown_in_every_form(tmp_path):
     assert "<table>" in (tmp_path / "bench.html").read_text()
 
 
+def test_a_part_of_a_result_is_renewed(tmp_path):
+    file = tmp_path / "bench.json"
+    machine = Machine.here(LIMITS.flops, LIMITS.bandwidth)
+    tanh, silu = (tuple(rows(known, ["autodiff"]).values()) for known in (ops.tanh, ops.silu))
+    infinite = tuple(row._replace(temporary=float("inf")) for row in silu)
+    Results(machine, (*infinite, *tanh), ("tanh",)).write(file, None)
+    older = Results.read(file)
+    assert older.rows == (*infinite, *tanh)
+    newer = Results(machine, tuple(row._replace(time=0.125) for row in tanh))
+    assert older.renewed(newer).rows == (*infinite, *newer.rows)
+    assert older.renewed(newer).left_out == ()
+    with pytest.raises(InputError, match="must be of one machine"):
+        older.renewed(newer._replace(machine=machine._replace(jax="0.0")))
+    file.write_text('{"rows": 1}')
+    with pytest.raises(InputError, match="must be a result that --json of this version wrote"):
+        Results.read(file)
+
+
 def test_what_cannot_be_measured_says_why():
     with pytest.raises(InputError, match="--against takes autodiff, jax, flax, torch, got 'tf'"):
         require(["tf"])
