@@ -96,3 +96,16 @@ def test_rules_are_grouped_by_shape():
     params, _ = net.init(jax.random.key(0), jnp.ones((3, 4)))
     rows = demo.used_rules(lambda: net(params, jnp.ones((3, 4))))
     assert [(r.rule, r.calls) for r in rows] == [("linear", 2), ("linear", 1)]
+
+
+def test_bench_writes_and_renews(tmp_path):
+    quick = ("bench", "reverse_gradient", "--quick", "--against", "autodiff")
+    for option in ("--json", "--renew"):
+        done = run(*quick, option, "bench.json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
+        assert row["title"] == "reverse_gradient" and row["time"] > 0
+    (tmp_path / "bench.json").write_text("[]")
+    done = run(*quick, "--renew", "bench.json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "must be a result that --json of this version wrote" in done.stderr

@@ -155,7 +155,8 @@ class Results(NamedTuple):
         names = {row.op for row in newer.rows}
         rows = [row for row in self.rows if row.op not in names]
         rows = sorted([*rows, *newer.rows], key=lambda row: row.op)
-        return self._replace(rows=tuple(rows), left_out=tuple(set(self.left_out) - names))
+        left_out = tuple(name for name in self.left_out if name not in names)
+        return self._replace(rows=tuple(rows), left_out=left_out)
 
     def to_json(self) -> dict[str, Any]:
         """Machine, rows and means as plain data."""
