@@ -16,7 +16,7 @@ STYLE = """
 .funcbp table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0 }
 .funcbp th, .funcbp td { padding: .3rem .7rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line) }
-.funcbp th { font-weight: 600 } .funcbp td { min-width: 5rem }
+.funcbp th { font-weight: 600 } .funcbp td { min-width: 4rem }
 .funcbp .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 .funcbp .bad { color: var(--bad); font-weight: 600 } .funcbp .good { color: var(--good) }
 .funcbp pre { overflow-x: auto; padding: .6rem; border: 1px solid var(--line) }
