@@ -142,7 +142,7 @@ class Results(NamedTuple):
             ) from None
 
     def renewed(self, newer: "Results") -> "Results":
-        """These rows, with those of a later run on the same machine in place of their ops'.
+        """These rows, with those of a later run on the same machine in their places.
 
         Raises InputError if the machines differ.
         """
@@ -152,11 +152,11 @@ class Results(NamedTuple):
                 f"results must be of one machine to stand in one table, got {ours} and {theirs}; "
                 "run the bench of all ops here"
             )
-        names = {row.op for row in newer.rows}
-        rows = [row for row in self.rows if row.op not in names]
-        rows = sorted([*rows, *newer.rows], key=lambda row: row.op)
-        left_out = tuple(name for name in self.left_out if name not in names)
-        return self._replace(rows=tuple(rows), left_out=left_out)
+        rows = {(r.op, r.case, r.dtype, r.against): r for r in (*self.rows, *newer.rows)}
+        measured = {row.op for row in newer.rows}
+        left_out = tuple(name for name in self.left_out if name not in measured)
+        ordered = sorted(rows.values(), key=lambda row: row.op)
+        return self._replace(rows=tuple(ordered), left_out=left_out)
 
     def to_json(self) -> dict[str, Any]:
         """Machine, rows and means as plain data."""

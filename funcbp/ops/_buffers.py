@@ -36,7 +36,7 @@ def scan(
     reverse: bool = False,
     unroll: int | bool = 1,
 ) -> tuple[Any, Any]:
-    """jax.lax.scan."""
+    """jax.lax.scan, with stacks that are held as `bits` while it fills them."""
     dtypes: Any = None
 
     def filling(carry, x):

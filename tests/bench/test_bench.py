@@ -108,12 +108,13 @@ def test_a_part_of_a_result_is_renewed(tmp_path):
     file = tmp_path / "bench.json"
     machine = Machine.here(LIMITS.flops, LIMITS.bandwidth)
     tanh, silu = (tuple(rows(known, ["autodiff"]).values()) for known in (ops.tanh, ops.silu))
+    narrow = tuple(row._replace(dtype="bfloat16") for row in tanh)  # not measured again
     infinite = tuple(row._replace(temporary=float("inf")) for row in silu)
-    Results(machine, (*infinite, *tanh), ("tanh",)).write(file, None)
+    Results(machine, (*infinite, *tanh, *narrow), ("tanh",)).write(file, None)
     older = Results.read(file)
-    assert older.rows == (*infinite, *tanh)
+    assert older.rows == (*infinite, *tanh, *narrow)
     newer = Results(machine, tuple(row._replace(time=0.125) for row in tanh))
-    assert older.renewed(newer).rows == (*infinite, *newer.rows)
+    assert older.renewed(newer).rows == (*infinite, *newer.rows, *narrow)
     assert older.renewed(newer).left_out == ()
     with pytest.raises(InputError, match="must be of one machine"):
         older.renewed(newer._replace(machine=machine._replace(jax="0.0")))
